@@ -24,8 +24,8 @@ use crate::config::Config;
 use crate::control_socket::{self, ControlClient, ControlMessage, Goodbye, Request};
 use crate::core::role::Role;
 use crate::core::service_manager::{Notification, ServiceManagerKind};
-use crate::core::watch::memory::{self, Memory};
-use crate::core::watch::reviver::{Loss, RevivalAction, RevivalPolicy, Reviver, RoleObservation};
+use crate::core::watch::memory::{self, MemoryCheck};
+use crate::core::watch::restarter::{Loss, Restarter, RestarterAction, RestarterPolicy, RoleObservation};
 use crate::core::watch::silence::{PING, PingAction, Pings};
 use crate::home::Home;
 use crate::installation::{keyring, permissions};
@@ -96,7 +96,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     platform::notify(Notification::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
-    let reviver = Reviver::new(RevivalPolicy::WATCHDOG, supervised, role::is_held(home, Role::Spm), now);
+    let restarter = Restarter::new(RestarterPolicy::WATCHDOG, supervised, role::is_held(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
         trial,
@@ -105,9 +105,9 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         sender,
         events,
         serial: 0,
-        reviver,
+        restarter,
         children: StartedManagers::default(),
-        memory: Memory::default(),
+        memory: MemoryCheck::default(),
         memory_limit: u64::MAX,
         next_home_check: now,
     };
@@ -200,10 +200,10 @@ struct Watchdog<'a> {
     events: mpsc::Receiver<WatchdogEvent>,
     /// Numbers the connections, so that messages of an earlier one are ignored.
     serial: u64,
-    reviver: Reviver,
+    restarter: Restarter,
     children: StartedManagers,
     /// Memory use of the manager.
-    memory: Memory,
+    memory: MemoryCheck,
     /// The manager's memory limit, bytes.
     memory_limit: u64,
     /// When the home and the settings are checked next.
@@ -219,13 +219,13 @@ impl Watchdog<'_> {
                 ManagerSearch::Terminate => return Ok(WatchdogExit::Terminated),
                 ManagerSearch::Replace => return Ok(WatchdogExit::Replace),
             };
-            self.reviver.connected(Instant::now());
+            self.restarter.connected(Instant::now());
             match self.watch(connection)? {
                 ConnectionEnd::Lost => {
-                    let how = self.reviver.lost(Instant::now());
+                    let how = self.restarter.lost(Instant::now());
                     self.trial.disconnected(how == Some(Loss::Died));
                     match how {
-                        None | Some(Loss::Unheard) => {}
+                        None | Some(Loss::NeverAnswered) => {}
                         Some(how) => tracing::info!(how = format!("{how:?}"), "the manager disconnected"),
                     }
                 }
@@ -252,13 +252,13 @@ impl Watchdog<'_> {
                 TrialAction::Replace => return Ok(ManagerSearch::Replace),
             }
             if self.trial.has_restored() {
-                self.reviver.replaced(Instant::now());
+                self.restarter.program_replaced(Instant::now());
                 self.children.kill_replaced(self.home);
             }
             if let Some(connection) = self.connect() {
                 return Ok(ManagerSearch::Manager(connection));
             }
-            let action = self.reviver.look(self.seen(), Instant::now());
+            let action = self.restarter.poll(self.seen(), Instant::now());
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
@@ -267,7 +267,7 @@ impl Watchdog<'_> {
                 self.trial.exited_unanswered();
             }
             platform::notify(Notification::Alive);
-            let due = self.reviver.deadline().min(self.trial.due());
+            let due = self.restarter.deadline().min(self.trial.due());
             let pause = due.saturating_duration_since(Instant::now());
             match self.events.recv_timeout(pause) {
                 Ok(WatchdogEvent::Terminate) => return Ok(ManagerSearch::Terminate),
@@ -281,26 +281,26 @@ impl Watchdog<'_> {
         RoleObservation { taken: role::is_held(self.home, Role::Spm), stop_recorded: role::is_stop_recorded(self.home) }
     }
 
-    fn carry_out(&mut self, action: Option<RevivalAction>) -> Option<ManagerSearch> {
+    fn carry_out(&mut self, action: Option<RestarterAction>) -> Option<ManagerSearch> {
         match action? {
-            RevivalAction::AskUnit => return self.query_unit(),
-            RevivalAction::StartUnit => {
+            RestarterAction::QueryUnit => return self.query_unit(),
+            RestarterAction::StartUnit => {
                 tracing::warn!("the manager is dead; its unit is started");
                 if let Err(error) = with_keepalive(|| host_service::start(self.service, self.home, &[Role::Spm])) {
                     tracing::error!(error = format!("{error:#}"), "cannot start the manager's unit");
                 }
-                self.reviver.unit_start_ended(Instant::now());
+                self.restarter.unit_start_ended(Instant::now());
             }
-            RevivalAction::Start { failures } => {
+            RestarterAction::Start { failures } => {
                 tracing::warn!(failures, "the manager is dead and is started");
                 if let Err(error) = self.children.start(self.home) {
                     tracing::error!(error = format!("{error:#}"), "cannot start the manager; the start is retried");
                 }
             }
-            RevivalAction::KillHung => self.kill_hung(),
-            RevivalAction::HonourStop => return Some(ManagerSearch::Stop),
+            RestarterAction::KillHung => self.kill_hung(),
+            RestarterAction::FollowStop => return Some(ManagerSearch::Stop),
             // Belongs to the manager's policy.
-            RevivalAction::LeaveStopped => {}
+            RestarterAction::LeaveStopped => {}
         }
         None
     }
@@ -313,8 +313,8 @@ impl Watchdog<'_> {
                 "cannot query the service manager for the state of the manager's unit"
             );
         });
-        let action = self.reviver.answered(answer.ok(), self.seen(), Instant::now());
-        if action == Some(RevivalAction::HonourStop) {
+        let action = self.restarter.unit_answered(answer.ok(), self.seen(), Instant::now());
+        if action == Some(RestarterAction::FollowStop) {
             // The stop is recorded by `honour_stop`.
             tracing::info!("the manager's unit was stopped; the sub-agents are stopped too");
         }
@@ -358,12 +358,12 @@ impl Watchdog<'_> {
                             self.trial.status_received(status, Instant::now());
                         }
                         self.children.answered(self.home);
-                        if self.reviver.heard(Instant::now()) {
+                        if self.restarter.received(Instant::now()) {
                             tracing::info!("the manager answers and is supervised");
                         }
                     }
                     ControlMessage::Goodbye(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
-                    ControlMessage::Goodbye(Goodbye::Yield) => self.reviver.yields(),
+                    ControlMessage::Goodbye(Goodbye::Yield) => self.restarter.will_yield(),
                     ControlMessage::Timeout => {}
                     ControlMessage::Closed => return Ok(ConnectionEnd::Lost),
                 },
@@ -373,7 +373,7 @@ impl Watchdog<'_> {
                     if let Some(watched) = self.supervise_upgrade(&mut connection) {
                         return Ok(watched);
                     }
-                    let next = pings.look(Instant::now());
+                    let next = pings.poll(Instant::now());
                     if next == PingAction::Wait {
                         continue;
                     }
@@ -456,7 +456,7 @@ impl Watchdog<'_> {
         }
         let used =
             role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
-        if self.memory.look(used, self.memory_limit, Instant::now())
+        if self.memory.record(used, self.memory_limit, Instant::now())
             && let Some(why) = memory::excess("the manager", used, self.memory_limit, "spmMaxMem")
         {
             tracing::warn!(why, "the manager uses too much memory and is restarted");

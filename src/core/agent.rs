@@ -1,4 +1,4 @@
-//! One sub-agent as the manager knows it: what is under way, what it is to be, and what follows from each thing that happens.
+//! The state of one sub-agent in the manager: its release, its process, the change under way, and the actions that follow from each event.
 //!
 //! ```text
 //!           Stage          Staged            Activate           Admitted             Recorded          down            Switched
@@ -7,12 +7,12 @@
 //!   │   time, or       ▼                     ▼              ▼                                ▼
 //!   └────────────── Held ◀───────────────────┴──────────────┴────────────────────────────────┘
 //!
-//!  any ── Uninstall ─▶ Uninstalling (its processes) ── down ─▶ Removing (its files) ── Removed ─▶ gone
+//!  any ── Uninstall ─▶ Uninstalling (processes stop) ── down ─▶ Removing (files are removed) ── Removed ─▶ gone
 //! ```
 //!
-//! Beside this its [`Supervisor`] starts, restarts and stops its process. The release that runs goes on running until the new one is staged,
-//! admitted and recorded in the [`ledger`](super::ledger); it is the active one again where any step fails. A new release is on
-//! [`probation`] before it is committed.
+//! Independently of this, its [`Supervisor`] starts, restarts and stops its process. The running release keeps running until the new one
+//! is staged, admitted and recorded in the [`ledger`](super::ledger); if any step fails, it becomes the active one again. A new release is
+//! on [`probation`] before it is committed.
 
 mod event;
 mod probation;
@@ -36,42 +36,42 @@ use super::protocol::AgentState;
 use super::supervise::{self, RestartPolicy, Supervisor};
 use super::text::{MAX_MESSAGE_BYTES, cut};
 
-/// Of the name of a variable that may not be set, so much is shown, bytes.
+/// Longest part shown of the name of a rejected environment variable, in bytes.
 const MAX_NAME_SHOWN: usize = 64;
 
-/// What is under way besides its process.
+/// The change under way, apart from the supervision of its process.
 #[derive(Debug, Clone, PartialEq)]
 enum Activity {
     Idle,
-    /// Fetched, verified and unpacked. `failures`: times in a row that this release could not be had.
+    /// The release is fetched, verified and unpacked. `failures`: failures in a row to stage this release.
     Staging {
         id: u64,
         version: Version,
         failures: u32,
     },
-    /// To be activated by the next plan.
+    /// Waits for the next plan to activate it.
     Staged(Box<Ready>),
     Held(HeldRelease),
-    /// What was accepted when it was staged is looked at once more, before anything is stopped.
+    /// The staged release is verified again before anything is stopped.
     Admitting {
         order: Box<Order>,
         program: Option<Program>,
         failures: u32,
     },
-    /// The ledger is being written as it will be then. Until what runs is down, nothing else goes by that.
+    /// The ledger is written with the activation already applied. In memory the old entry is used until the running release is down.
     Recording(Box<Activation>),
-    /// What runs is being stopped.
+    /// The running release is being stopped.
     Stopping(Box<Activation>),
-    /// The link `current` is being changed. `before`: its ledger before.
+    /// The link `current` is being changed. `before`: the ledger entry before the activation.
     Switching {
         activation: Box<Activation>,
         before: Box<LedgerEntry>,
     },
-    /// The current release makes way for the one before it: it is being stopped, and the ledger written.
-    Returning(Box<Rollback>),
+    /// Roll back: the current release is being stopped and the ledger written.
+    RollingBack(Box<Rollback>),
     /// The link `current` is being changed back.
     SwitchingBack(Box<Rollback>),
-    /// Its processes are being stopped, and what is under way on its files comes to its end.
+    /// Its processes are being stopped, and operations on its files complete.
     Uninstalling,
     Removing,
 }
@@ -80,7 +80,7 @@ enum Activity {
 struct Activation {
     order: Order,
     ready: Ready,
-    /// Times in a row that this release could not be activated.
+    /// Failures in a row to activate this release.
     failures: u32,
     began: Instant,
 }
@@ -98,82 +98,82 @@ struct HeldRelease {
 pub struct Agent {
     name: AgentName,
     supervisor: Supervisor,
-    work: Activity,
+    activity: Activity,
     ledger: LedgerEntry,
-    /// Whole on disk.
+    /// Complete on disk.
     releases: BTreeSet<Version>,
-    /// Their files are being removed.
-    leaving: BTreeSet<Version>,
-    /// Counts what is staged.
+    /// Releases whose files are being removed.
+    removing: BTreeSet<Version>,
+    /// The id of the last staging.
     last_id: u64,
-    /// What is being staged and has not been answered, cancelled ones too.
-    unanswered: BTreeSet<u64>,
-    /// How the current release is run; `None`: not known, or it cannot be.
+    /// Stagings without an answer yet, including cancelled ones.
+    pending_stagings: BTreeSet<u64>,
+    /// How the current release is run. `None`: unknown, or it cannot be run.
     program: Option<Program>,
     run: Run,
-    /// `None`: its process was started with another than is wanted.
+    /// `None`: its process was started with a spec other than the desired one.
     spec: Option<Spec>,
     /// The release of its process.
     running: Option<Version>,
     home_stops: bool,
-    /// Of the probation of the current release.
-    seen: ProbationProgress,
-    /// The release before the last one is the current one again, and has not run since.
-    returned: Option<Box<Rollback>>,
-    /// In force, where it is known.
+    /// The progress of the current release's probation.
+    progress: ProbationProgress,
+    /// A roll back that is complete but for the start of the restored release.
+    rolled_back: Option<Box<Rollback>>,
+    /// The order in force, where known.
     order: Option<Order>,
-    /// Its start waits until it is known how its release is run.
+    /// The start waits for [`AgentEvent::Inspected`].
     starts_when_inspected: bool,
-    /// What keeps it from being what it should, besides its exits.
+    /// Why it is not in its desired state, apart from exits of its process.
     error: Option<String>,
-    /// Which of the gateway's variables it was started without, as a sentence.
+    /// The rejected environment variables of the gateway, as a message.
     refused_env: Option<String>,
 }
 
-/// What is found of a sub-agent when a manager starts.
+/// What a manager finds of a sub-agent when it starts.
 #[derive(Debug, Default)]
 pub struct Discovery {
     pub ledger: LedgerEntry,
     pub releases: BTreeSet<Version>,
-    /// Its removal, or its unpacking, was cut short.
+    /// Releases whose removal or unpacking was interrupted.
     pub unfinished: BTreeSet<Version>,
-    /// How the current release is run; `None` where none is.
+    /// How the current release is run; `None` if there is no current release.
     pub program: Option<Result<Program, String>>,
     pub restarts: u64,
-    /// In force.
+    /// The order in force.
     pub order: Option<Order>,
 }
 
-/// How a process ended that an earlier manager started.
+/// The exit of a process that a previous manager started.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PriorExit {
-    /// `None`: not known.
+    /// `None`: unknown.
     pub success: Option<bool>,
     pub how: String,
-    /// That manager saw it, and counted it where it was a failure.
+    /// The previous manager saw the exit and counted it if it was a failure.
     pub was_seen: bool,
 }
 
 impl Agent {
-    /// What an earlier manager left, and what is to be done about it.
-    pub fn found(name: AgentName, found: Discovery) -> (Agent, Vec<AgentAction>) {
-        let Discovery { ledger, releases, unfinished, program, restarts, order } = found;
+    /// Restores the state that a previous manager left. Returns the actions to continue from there.
+    pub fn restore(name: AgentName, discovery: Discovery) -> (Agent, Vec<AgentAction>) {
+        let Discovery { ledger, releases, unfinished, program, restarts, order } = discovery;
         let mut agent = Agent {
             name,
             supervisor: Supervisor::new(RestartPolicy::default(), restarts),
-            work: Activity::Idle,
+            activity: Activity::Idle,
             ledger,
             releases,
-            leaving: unfinished.clone(),
+            removing: unfinished.clone(),
             last_id: 0,
-            unanswered: BTreeSet::new(),
+            pending_stagings: BTreeSet::new(),
             program: None,
             run: Run::Stop,
             spec: None,
             running: None,
             home_stops: false,
-            seen: ProbationProgress::default(),
-            returned: None,
+            progress: ProbationProgress::default(),
+            rolled_back: None,
             order,
             starts_when_inspected: false,
             error: None,
@@ -183,19 +183,19 @@ impl Agent {
             agent.inspected(program);
         }
         let mut actions: Vec<AgentAction> = unfinished.into_iter().map(AgentAction::Discard).collect();
-        // An earlier manager may have ended before it followed the order that it had written.
+        // The previous manager may have exited between writing the order and following it.
         if agent.order.as_ref().is_some_and(|order| agent.ledger.resume_order(order.asks_for())) {
             actions.push(AgentAction::Record { wait: false });
         }
         (agent, actions)
     }
 
-    /// One of which nothing is there yet.
+    /// A sub-agent of which nothing exists on this host yet.
     pub fn new(name: AgentName) -> Agent {
-        Agent::found(name, Discovery::default()).0
+        Agent::restore(name, Discovery::default()).0
     }
 
-    /// Takes charge of a process that an earlier manager started at `since`. `spec`: what is wanted, where it was started with just that.
+    /// Adopts a process that a previous manager started at `since`. `spec`: the desired spec, if the process was started with exactly that.
     pub fn adopt(
         &mut self,
         pid: u32,
@@ -207,17 +207,17 @@ impl Agent {
         self.supervisor.adopt(pid, since, at.now, at.jitter);
         self.run = Run::Start;
         self.spec = spec;
-        self.probation_is_up(&version, since);
+        self.probation_started(&version, since);
         self.running = Some(version.clone());
-        if let Some(actions) = self.resume_return(version, at) {
+        if let Some(actions) = self.resume_rollback(version, at) {
             return actions;
         }
-        self.feed(supervise::SupervisorEvent::Run, at)
+        self.notify_supervisor(supervise::SupervisorEvent::Run, at)
     }
 
-    /// As [`Agent::adopt`], of a process that ended since. `restarts_it`: its restart policy counts, since it was what is wanted now;
-    /// otherwise what it left behind is ended.
-    pub fn bury(
+    /// As [`Agent::adopt`], for a process that has exited since. `wanted`: the desired spec, if the process had it; its restart policy then
+    /// applies. Otherwise its leftover processes are stopped.
+    pub fn adopt_exited(
         &mut self,
         pid: u32,
         version: Version,
@@ -227,98 +227,98 @@ impl Agent {
     ) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
         self.running = Some(version.clone());
-        if let Some(actions) = self.resume_return(version, at) {
+        if let Some(actions) = self.resume_rollback(version, at) {
             return actions;
         }
         match wanted {
             Some(spec) => {
                 self.run = Run::Start;
                 self.spec = Some(spec);
-                let mut actions = self.feed(supervise::SupervisorEvent::Run, at);
+                let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Run, at);
                 actions.extend(self.exited(end, at));
-                self.judge(at, &mut actions);
+                self.decide_probation(at, &mut actions);
                 actions
             }
-            None => self.feed(supervise::SupervisorEvent::Rest, at),
+            None => self.notify_supervisor(supervise::SupervisorEvent::Stop, at),
         }
     }
 
-    /// What runs of it cannot be adopted and is ended, as its own stop: nothing new of it starts meanwhile.
-    pub fn clear_away(&mut self, pid: u32, at: Moment) -> Vec<AgentAction> {
+    /// Stops a leftover process that cannot be adopted. Nothing is started until it is down.
+    pub fn stop_leftover(&mut self, pid: u32, at: Moment) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
-        self.feed(supervise::SupervisorEvent::Rest, at)
+        self.notify_supervisor(supervise::SupervisorEvent::Stop, at)
     }
 
-    /// Takes in what happened and says what to do. What cannot come in its state changes nothing.
+    /// Handles an event and returns the actions. An event that does not fit the current state changes nothing.
     pub fn step(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         let before = self.supervisor.state();
         let of_health = matches!(event, AgentEvent::Checked(_));
-        let mut actions = self.take(event, at);
-        self.judge(at, &mut actions);
+        let mut actions = self.handle(event, at);
+        self.decide_probation(at, &mut actions);
         let restarts = of_health && actions.contains(&AgentAction::Stop);
         self.note_transition(before, restarts, at.now, &mut actions);
         actions
     }
 
-    fn take(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
+    fn handle(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         match event {
-            // A plan begins nothing on what is busy.
+            // A plan starts nothing on a busy sub-agent.
             AgentEvent::Stage(_)
             | AgentEvent::Activate(_)
             | AgentEvent::Configure { .. }
             | AgentEvent::Set(_)
             | AgentEvent::Uninstall
             | AgentEvent::Discard(_)
-            | AgentEvent::Return { .. }
+            | AgentEvent::RollBack { .. }
                 if self.is_busy() =>
             {
                 vec![]
             }
             AgentEvent::Stage(package) => self.stage(package, at),
             AgentEvent::Activate(order) => self.activate(order),
-            AgentEvent::Return { overruled } => {
-                let mut actions = self.return_for_operator(overruled.as_ref(), at);
-                actions.extend(self.go_on_if_down());
+            AgentEvent::RollBack { overruled } => {
+                let mut actions = self.roll_back_for_operator(overruled.as_ref(), at);
+                actions.extend(self.continue_if_down());
                 actions
             }
-            AgentEvent::Retry => self.try_again(),
+            AgentEvent::Retry => self.clear_holds(),
             AgentEvent::Configure { spec, runs_so, sound } => self.configure(spec, runs_so, sound, at),
             AgentEvent::Set(run) => {
                 self.run = run;
-                self.feed(
-                    if run == Run::Start { supervise::SupervisorEvent::Run } else { supervise::SupervisorEvent::Rest },
+                self.notify_supervisor(
+                    if run == Run::Start { supervise::SupervisorEvent::Run } else { supervise::SupervisorEvent::Stop },
                     at,
                 )
             }
             AgentEvent::Uninstall => {
                 let mut actions = self.cancel_staging();
-                self.work = Activity::Uninstalling;
-                actions.extend(self.feed(supervise::SupervisorEvent::Rest, at));
-                actions.extend(self.go_on_if_down());
+                self.activity = Activity::Uninstalling;
+                actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Stop, at));
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Discard(version) => self.discard(version),
-            AgentEvent::Ordered(order) => self.ordered(order),
-            AgentEvent::HomeStops => {
+            AgentEvent::OrderChanged(order) => self.order_changed(order),
+            AgentEvent::HomeStopping => {
                 self.home_stops = true;
-                self.feed(supervise::SupervisorEvent::Rest, at)
+                self.notify_supervisor(supervise::SupervisorEvent::Stop, at)
             }
-            AgentEvent::Restart => self.feed(supervise::SupervisorEvent::Again, at),
+            AgentEvent::Restart => self.notify_supervisor(supervise::SupervisorEvent::Restart, at),
             AgentEvent::Staged { id, version, result } => {
-                self.unanswered.remove(&id);
+                self.pending_stagings.remove(&id);
                 let mut actions = self.staged(id, version, result, at);
-                actions.extend(self.go_on_if_down());
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Admitted(result) => self.admitted(result, at),
             AgentEvent::Recorded(result) => self.recorded(result, at),
             AgentEvent::Switched(result) => self.switched(result, at),
             AgentEvent::Discarded(version) => {
-                // What could not be removed is found by the next manager.
-                self.leaving.remove(&version);
-                // What was staged in its place meanwhile is gone with it.
+                // If the removal failed, the next manager finds the files.
+                self.removing.remove(&version);
+                // A release that was staged to the same directory meanwhile is removed with it.
                 self.releases.remove(&version);
-                self.go_on_if_down()
+                self.continue_if_down()
             }
             AgentEvent::Inspected { version, result } => {
                 if self.current() == Some(&version) {
@@ -328,28 +328,29 @@ impl Agent {
                 if waits { self.start(at) } else { vec![] }
             }
             AgentEvent::Launched { pid, version, runs_so } => {
-                self.probation_is_up(&version, at.now);
+                self.probation_started(&version, at.now);
                 self.running = Some(version);
-                let mut actions = self.feed(supervise::SupervisorEvent::Started { pid }, at);
+                let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Started { pid }, at);
                 if !self.is_busy() {
-                    actions.extend(self.note_returned(at));
+                    actions.extend(self.note_rollback(at));
                 }
                 if !runs_so {
-                    actions.extend(self.feed(supervise::SupervisorEvent::Again, at));
+                    actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Restart, at));
                 }
                 actions
             }
-            AgentEvent::NotLaunched(refusal) => {
+            AgentEvent::LaunchFailed(refusal) => {
                 let mut actions = vec![];
                 if self.supervisor.last_error() != Some(&refusal.why) {
-                    actions.push(self.repeating("start", refusal.outcome(), &refusal.why));
+                    actions.push(self.repeating_note("start", refusal.outcome(), &refusal.why));
                 }
                 if self.supervisor.is_starting() {
-                    let condemned = self.start_failed(&refusal, at, &mut actions);
-                    actions.extend(condemned.into_iter().flatten());
+                    let rollback_actions = self.start_failed(&refusal, at, &mut actions);
+                    actions.extend(rollback_actions.into_iter().flatten());
                 }
-                actions.extend(self.feed(supervise::SupervisorEvent::StartFailed { why: refusal.why }, at));
-                actions.extend(self.go_on_if_down());
+                actions
+                    .extend(self.notify_supervisor(supervise::SupervisorEvent::StartFailed { why: refusal.why }, at));
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Exited { success, how } => {
@@ -357,13 +358,13 @@ impl Agent {
                     return vec![];
                 }
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
-                let mut actions = vec![self.repeating("exit", outcome, &how)];
+                let mut actions = vec![self.repeating_note("exit", outcome, &how)];
                 self.running = None;
                 actions.extend(self.exited(PriorExit { success, how, was_seen: false }, at));
                 actions
             }
-            AgentEvent::Moved { pid } => {
-                self.supervisor.replace(pid, at.now);
+            AgentEvent::ProcessReplaced { pid } => {
+                self.supervisor.replace_pid(pid, at.now);
                 vec![]
             }
             AgentEvent::Stopped(result) => {
@@ -375,39 +376,39 @@ impl Agent {
                         self.error = Some(why);
                     }
                 }
-                self.probation_is_down();
-                actions.extend(self.feed(supervise::SupervisorEvent::Stopped, at));
-                actions.extend(self.go_on_if_down());
+                self.probation_stopped();
+                actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Stopped, at));
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Checked(answer) => {
-                let mut actions = self.feed(supervise::SupervisorEvent::Checked(answer), at);
+                let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Checked(answer), at);
                 if actions.contains(&AgentAction::Stop) {
                     let why = self.supervisor.last_error().unwrap_or_default().to_owned();
-                    let condemned = self.fail_probation(&why, at, &mut actions);
-                    actions.extend(condemned.into_iter().flatten());
+                    let rollback_actions = self.fail_probation(&why, at, &mut actions);
+                    actions.extend(rollback_actions.into_iter().flatten());
                 }
                 actions
             }
-            AgentEvent::Tick => self.feed(supervise::SupervisorEvent::Tick, at),
+            AgentEvent::Tick => self.notify_supervisor(supervise::SupervisorEvent::Tick, at),
         }
     }
 
     fn exited(&mut self, end: PriorExit, at: Moment) -> Vec<AgentAction> {
         let PriorExit { success, how, was_seen } = end;
         let mut actions = vec![];
-        let is_done = self.is_done_by(success);
-        let counts = !was_seen || !holds(Guard::EndCountsOnce);
-        let condemned = match self.supervisor.is_up() && !is_done && counts {
+        let is_done = self.is_expected_exit(success);
+        let counts = !was_seen || !holds(Guard::ExitCountsOnce);
+        let rollback_actions = match self.supervisor.is_up() && !is_done && counts {
             true => self.fail_probation(&how, at, &mut actions),
             false => None,
         };
-        if let Some(condemned) = condemned {
-            actions.extend(condemned);
+        if let Some(rollback_actions) = rollback_actions {
+            actions.extend(rollback_actions);
             return actions;
         }
-        actions.extend(self.feed(supervise::SupervisorEvent::Exited { success, how }, at));
-        self.seen.is_done = is_done;
+        actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Exited { success, how }, at));
+        self.progress.is_done = is_done;
         actions
     }
 
@@ -418,23 +419,23 @@ impl Agent {
         sound: Result<(), ReleaseError>,
         at: Moment,
     ) -> Vec<AgentAction> {
-        if matches!(&self.work, Activity::Held(held) if at.now < held.until) {
+        if matches!(&self.activity, Activity::Held(held) if at.now < held.until) {
             return vec![];
         }
         if let Err(refusal) = sound {
-            // With the environment that it has, it goes on running.
+            // It keeps running with its current environment.
             let version = self.current().cloned();
             return version.map(|version| self.hold(version, "env", refusal, at)).unwrap_or_default();
         }
         self.spec = Some(spec);
         let mut actions = vec![];
-        if matches!(self.work, Activity::Held(_)) {
-            self.work = Activity::Idle;
+        if matches!(self.activity, Activity::Held(_)) {
+            self.activity = Activity::Idle;
             self.error = None;
             actions.extend(self.current().cloned().map(AgentAction::Inspect));
         }
         if self.supervisor.pid().is_some() && !runs_so {
-            actions.extend(self.feed(supervise::SupervisorEvent::Again, at));
+            actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Restart, at));
         }
         actions
     }
@@ -454,8 +455,8 @@ impl Agent {
         }
     }
 
-    /// Passes an event on to its supervisor.
-    fn feed(&mut self, event: supervise::SupervisorEvent, at: Moment) -> Vec<AgentAction> {
+    /// Passes an event to the supervisor.
+    fn notify_supervisor(&mut self, event: supervise::SupervisorEvent, at: Moment) -> Vec<AgentAction> {
         let was_up = self.supervisor.is_up();
         let action = self.supervisor.step(event, at.now, at.jitter);
         let mut actions = vec![];
@@ -464,7 +465,7 @@ impl Agent {
         }
         match action {
             Some(supervise::SupervisorAction::Start) => match (&self.program, self.current().cloned()) {
-                // What was wrong with the release may have been corrected.
+                // The release may have been repaired since.
                 (None, Some(version)) => {
                     self.starts_when_inspected = true;
                     actions.push(AgentAction::Inspect(version));
@@ -480,15 +481,18 @@ impl Agent {
 
     fn start(&mut self, at: Moment) -> Vec<AgentAction> {
         if !self.supervisor.wanted() {
-            // A stop came while it was looked how it is run.
-            return self.feed(supervise::SupervisorEvent::StartFailed { why: "it is to stop".to_owned() }, at);
+            // A stop arrived while the release was inspected.
+            return self.notify_supervisor(
+                supervise::SupervisorEvent::StartFailed { why: "stopped before the start".to_owned() },
+                at,
+            );
         }
         if self.current().is_none() || self.program.is_none() {
-            let why = self.error.clone().unwrap_or_else(|| "no release of it is active".to_owned());
-            return self.feed(supervise::SupervisorEvent::StartFailed { why }, at);
+            let why = self.error.clone().unwrap_or_else(|| "no active release".to_owned());
+            return self.notify_supervisor(supervise::SupervisorEvent::StartFailed { why }, at);
         }
         let mut actions = vec![];
-        let refused = self.refuses_env();
+        let refused = self.rejected_env_message();
         if let Some(text) = refused.as_ref().filter(|_| self.refused_env != refused) {
             actions.push(AgentAction::Note(JournalNote::once("env", "refused", None, text.clone())));
         }
@@ -497,13 +501,14 @@ impl Agent {
         actions
     }
 
-    /// Which of the gateway's variables its package does not let it set, as a sentence.
-    fn refuses_env(&self) -> Option<String> {
+    /// A message with the gateway's variables that the package does not allow.
+    fn rejected_env_message(&self) -> Option<String> {
         let (program, spec) = (self.program.as_ref()?, self.spec.as_ref()?);
         let (_, refused) = admit_env(&spec.env, program.env_allow());
         let names = refused.iter().map(|name| cut(name, MAX_NAME_SHOWN)).collect::<Vec<_>>().join(", ");
         (!refused.is_empty()).then(|| {
-            let text = format!("the gateway may not set {names}; its package would have to allow it");
+            let text =
+                format!("the gateway may not set {names}: the package does not allow it (envAllow in agent.toml)");
             cut(&text, MAX_MESSAGE_BYTES)
         })
     }
@@ -513,26 +518,26 @@ impl Agent {
         let why = self.supervisor.last_error().unwrap_or_default();
         match (before, after) {
             (AgentState::Unhealthy, AgentState::Unhealthy) => {}
-            (_, AgentState::Unhealthy) => actions.push(self.repeating("health", "failed", why)),
+            (_, AgentState::Unhealthy) => actions.push(self.repeating_note("health", "failed", why)),
             (AgentState::Unhealthy, AgentState::Running) => {
-                actions.push(self.repeating("health", "ok", "its health check passes again"))
+                actions.push(self.repeating_note("health", "ok", "its health check passes again"))
             }
-            // The later ones differ in nothing but the delay.
+            // Later back-offs differ only in their delay.
             (AgentState::Starting | AgentState::Running | AgentState::Unhealthy, AgentState::Backoff)
                 if self.supervisor.failures() == 2 =>
             {
                 let delay = self.supervisor.starts_at().map(|at| at.saturating_duration_since(now)).unwrap_or_default();
-                let text = format!("{why}; it is started again in {delay:.1?}");
-                actions.push(self.repeating("backoff", "failed", &text));
+                let text = format!("{why}; restarting in {delay:.1?}");
+                actions.push(self.repeating_note("backoff", "failed", &text));
             }
             _ => {}
         }
         if restarts {
-            actions.push(self.repeating("restart", "failed", why));
+            actions.push(self.repeating_note("restart", "failed", why));
         }
     }
 
-    fn repeating(&self, kind: &'static str, outcome: &'static str, message: &str) -> AgentAction {
+    fn repeating_note(&self, kind: &'static str, outcome: &'static str, message: &str) -> AgentAction {
         let (version, message) = (self.current().cloned(), message.to_owned());
         AgentAction::Note(JournalNote { kind, outcome, version, message, repeats: true, change: None })
     }

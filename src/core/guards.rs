@@ -1,6 +1,6 @@
-//! The rules of a sub-agent's change of release that the search in `core/agent/tests` turns off one at a time, to see that each is needed.
+//! The safety rules of a sub-agent's change of release. The search in `core/agent/tests` disables one at a time to prove that each is needed.
 //!
-//! Outside of tests each of them holds, at no cost.
+//! Outside of tests every rule holds, at no cost.
 
 macro_rules! guards {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -17,37 +17,37 @@ macro_rules! guards {
 }
 
 guards! {
-    /// Of the answers to a staging, the one that is waited for counts.
-    StagedIsWanted,
-    /// What failed is not tried again at once.
+    /// Only the answer to the current staging counts.
+    CurrentStagingOnly,
+    /// A failed release is not tried again at once.
     HoldFailed,
-    /// A release that the ledger on disk does not name is not put into use.
+    /// A release is not started unless the ledger on disk names it.
     RecordBeforeStop,
     DownBeforeSwitch,
-    RecordBeforeReturn,
-    /// A start that was asked for is under way before its release makes way.
-    StartBeforeReturn,
-    WellBeforeCommit,
-    LifeBeforeCommit,
-    TriesBudget,
-    TimeBudget,
-    StopPauses,
-    /// A home that cannot be relied on is not the release's fault.
-    RefusedStartPauses,
-    EndCountsOnce,
-    FailureIsWritten,
+    RecordBeforeSwitchBack,
+    /// A requested start is under way before its release is replaced.
+    StartBeforeRollback,
+    HealthyBeforeCommit,
+    UptimeBeforeCommit,
+    FailureLimit,
+    TimeLimit,
+    StopPausesTime,
+    /// An unsafe home is not the release's fault.
+    ExcusedStartPausesTime,
+    ExitCountsOnce,
+    FailureIsRecorded,
     SkipOnRollBack,
-    /// Where another is ordered, a release that fails is not skipped.
-    SkipWhatIsOrdered,
+    /// A failed release is not skipped if a different one is ordered.
+    SkipOnlyOrdered,
     HoldForOperator,
-    /// Another order ends skips and holds, also one that an earlier manager did not follow yet.
+    /// A different order ends skips and holds, even if the previous manager did not follow it yet.
     OrderEndsSkips,
     ResumeOrder,
     ActiveNeedsNoProbation,
     KeepBackup,
-    /// A release that was not started yet is not on probation for another's failures.
+    /// A release that was not started yet is not on probation: failures of another release do not count for it.
     ResumeRollsBack,
-    ResumeReturns,
+    ResumeRollback,
 }
 
 #[cfg(not(test))]
@@ -72,7 +72,7 @@ mod tests {
         OFF.get() != Some(guard)
     }
 
-    /// Does something while a guard does not hold.
+    /// Runs `work` without a guard.
     pub fn without<T>(guard: Guard, work: impl FnOnce() -> T) -> T {
         OFF.set(Some(guard));
         let done = work();

@@ -1,18 +1,19 @@
-//! The ledger of sub-agents' releases (`state/releases.json`): which one is active, which one to go back to, which one is on probation,
-//! which ones are not to be tried.
+//! The ledger of sub-agents' releases (`state/releases.json`): the active release, the backup, the release on probation, the skipped ones.
 //!
 //! ```text
 //!            stage                begin_probation                 commit
-//!  (fetched) ─────▶ staged ──────────────────────▶ on probation ─────────▶ active, and the one before it is the backup
+//!  (fetched) ─────▶ staged ──────────────────────▶ on probation ─────────▶ active; the previous release is the backup
 //!                     │ activate (nothing was active)     │ roll_back (and skip)
-//!                     └─────────────────────────▶ active ◀┘ (the one before stays active)
+//!                     └─────────────────────────▶ active ◀┘ (the previous release stays active)
 //!
-//!  what was given up last is not taken for the active release by `resume` while its process ends
 //!  active ⇄ backup: return_to_backup, for an operator; hold keeps it so until another release is ordered
 //! ```
 //!
-//! It is loaded, changed by these verbs, which touch no disk, and written. What it says is durable before it is acted on, and it beats the
-//! link `current`. A release is a version and the bytes of its package: a version that is republished with other bytes is a different release.
+//! It is loaded, changed by these verbs, which do not access the disk, and written. It is durable before its content takes effect, and it
+//! takes precedence over the link `current`. A release is a version and the content of its package: a version that is published again with
+//! other content is a different release.
+//!
+//! [`LedgerEntry::resume`] never makes the release that was given up last the active one, even if its process still runs.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +24,7 @@ use super::model::{AgentName, Digest, Version};
 use super::order::is_zero;
 use super::unknown::UnknownFields;
 
-/// So many skipped releases of one sub-agent are remembered.
+/// The number of skipped releases that are kept for one sub-agent.
 const MAX_SKIPPED: usize = 16;
 
 /// One release of a sub-agent.
@@ -31,10 +32,10 @@ const MAX_SKIPPED: usize = 16;
 #[serde(rename_all = "camelCase")]
 pub struct LedgerRelease {
     pub version: Version,
-    /// Of its package; absent where its directory does not say it any more.
+    /// Of its package; absent if its directory no longer records it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
-    /// Of its signed comment.
+    /// The epoch in the signed comment of its package.
     #[serde(default)]
     pub epoch: u64,
     #[serde(flatten)]
@@ -46,25 +47,25 @@ pub struct LedgerRelease {
 #[serde(rename_all = "camelCase")]
 pub struct SkippedRelease {
     pub version: Version,
-    /// Of its package, where that is known: another package of the same version is not skipped.
+    /// Of its package, where known: another package of the same version is not skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
-    /// Why, for an operator to read.
+    /// Why, for an operator.
     pub reason: String,
-    /// Times in a row that it failed.
+    /// Failures in a row.
     #[serde(default)]
     pub failures: u32,
-    /// Not before then, in seconds since 1970; absent: not until another release is ordered, or another try is.
+    /// Not tried earlier than this, in seconds since 1970. Absent: until another release, or another try, is ordered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<u64>,
-    /// The `retry` of the order that it failed for: an order with a higher one tries it again.
+    /// The `retry` of the order that it failed for. An order with a higher one tries it again.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub retry: u64,
     #[serde(flatten)]
     pub unknown: UnknownFields,
 }
 
-/// The order that an operator at the host has overruled; it is not followed again. Another one is.
+/// The order that an operator on the host has overruled. It is not followed until it changes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OverruledOrder {
@@ -81,16 +82,16 @@ pub struct OverruledOrder {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LedgerEntry {
-    /// The last one that was committed.
+    /// The release that was committed last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     active: Option<LedgerRelease>,
-    /// The one that was active before it.
+    /// The previous active release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backup: Option<LedgerRelease>,
-    /// It takes the place of the active one, and is not committed yet.
+    /// It replaces the active release and is not committed yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     probation: Option<LedgerRelease>,
-    /// Times that the release on probation has failed.
+    /// Failures of the release on probation.
     #[serde(default, skip_serializing_if = "is_zero")]
     probation_failures: u64,
     /// Verified and unpacked, not activated yet.
@@ -100,7 +101,7 @@ pub struct LedgerEntry {
     skipped: Vec<SkippedRelease>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     overruled: Option<OverruledOrder>,
-    /// The release that made way for the one before it last. Until it is down, its process is not the one that is to run.
+    /// The release that was rolled back last. Its process may still be stopping, and is not adopted as the current release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     given_up: Option<Version>,
     #[serde(flatten)]
@@ -118,12 +119,12 @@ pub struct Ledger {
 }
 
 impl LedgerEntry {
-    /// As it follows from the disk alone, for a home without a ledger: the release that `current` names, and the one to go back to.
-    pub fn found(active: Option<LedgerRelease>, backup: Option<LedgerRelease>) -> LedgerEntry {
+    /// The entry of a home without a ledger, from the disk alone: the release that `current` names and the backup.
+    pub fn from_disk(active: Option<LedgerRelease>, backup: Option<LedgerRelease>) -> LedgerEntry {
         LedgerEntry { active, backup, ..LedgerEntry::default() }
     }
 
-    /// The release that runs, or would.
+    /// The release that runs or would run.
     pub fn current(&self) -> Option<&LedgerRelease> {
         self.probation.as_ref().or(self.active.as_ref())
     }
@@ -140,37 +141,37 @@ impl LedgerEntry {
         self.probation.as_ref()
     }
 
-    /// Times that the release on probation has failed.
+    /// Failures of the release on probation.
     pub fn probation_failures(&self) -> u64 {
         self.probation_failures
     }
 
-    /// The release that a roll back returns to.
+    /// The release that a roll back restores.
     pub fn before_probation(&self) -> Option<&LedgerRelease> {
         self.active.as_ref().or(self.backup.as_ref())
     }
 
-    /// The versions that must stay on disk, whatever is wanted.
+    /// The versions that must stay on disk, whatever the desired state.
     pub fn kept(&self) -> impl Iterator<Item = &Version> {
         let LedgerEntry { active, backup, probation, .. } = self;
         [active, backup, probation].into_iter().flatten().map(|release| &release.version)
     }
 
-    /// It lies on disk, whole.
+    /// The release is complete on disk.
     pub fn stage(&mut self, release: LedgerRelease) {
         self.skipped.retain(|skipped| skipped.version != release.version);
         self.staged = Some(release);
     }
 
-    /// It is the active one from now on, without a probation: there is nothing to go back to.
+    /// Makes the release active without a probation: there is no previous release.
     pub fn activate(&mut self, release: LedgerRelease) {
         self.put_into_use(&release);
         (self.probation, self.probation_failures) = (None, 0);
         self.replace_active(release);
     }
 
-    /// It takes the place of the active one, which stays to go back to. The active one itself needs no probation: whatever was on it is
-    /// given up.
+    /// The release replaces the active one, which is kept for a roll back. The active release itself needs no probation: it ends the probation of
+    /// another.
     pub fn begin_probation(&mut self, release: LedgerRelease) {
         if let Some(before) = self.probation.take()
             && !before.is(&release)
@@ -185,13 +186,13 @@ impl LedgerEntry {
         }
     }
 
-    /// The release on probation has failed once more. How often it has.
+    /// Counts a failure of the release on probation. Returns its failures.
     pub fn fail_probation(&mut self) -> u64 {
         self.probation_failures = self.probation_failures.saturating_add(u64::from(self.probation.is_some()));
         self.probation_failures
     }
 
-    /// The release on probation is accepted; the one before it is the backup. Whether there was one.
+    /// Accepts the release on probation; the previous one becomes the backup. Returns whether there was one.
     pub fn commit(&mut self) -> bool {
         let Some(release) = self.probation.take() else { return false };
         self.probation_failures = 0;
@@ -200,7 +201,7 @@ impl LedgerEntry {
         true
     }
 
-    /// The release on probation is given up for the active one; where that is lost, for the backup. Whether there was one.
+    /// Rolls the release on probation back to the active one or, if that is lost, to the backup. Returns whether there was one.
     pub fn roll_back(&mut self) -> bool {
         self.probation_failures = 0;
         if self.active.is_none()
@@ -212,7 +213,7 @@ impl LedgerEntry {
         self.probation.take().is_some()
     }
 
-    /// The backup is the active release again, without a probation, and the active one the backup. Whether there was a backup.
+    /// Swaps the backup and the active release, without a probation. Returns whether there was a backup.
     pub fn return_to_backup(&mut self) -> bool {
         let Some(backup) = self.backup.take() else { return false };
         self.roll_back();
@@ -221,12 +222,12 @@ impl LedgerEntry {
         true
     }
 
-    /// This release makes way for the current one, and its process may still run.
+    /// The current release replaces this one, whose process may still run.
     pub fn give_up(&mut self, version: Version) {
         self.given_up = Some(version);
     }
 
-    /// Whether a process of this release is left over from when it made way.
+    /// Whether a process of this release is left over from a roll back.
     pub fn has_given_up(&self, version: &Version) -> bool {
         self.given_up.as_ref() == Some(version)
     }
@@ -236,12 +237,12 @@ impl LedgerEntry {
         self.overruled = Some(order);
     }
 
-    /// Whether it is an operator who keeps the active release, against an order.
+    /// Whether an operator overruled an order, so that the active release is kept.
     pub fn is_held(&self) -> bool {
         self.overruled.is_some()
     }
 
-    /// What an operator has overruled counts again. Whether there was something.
+    /// Withdraws the operator's hold. Returns whether there was one.
     pub fn release_hold(&mut self) -> bool {
         self.overruled.take().is_some()
     }
@@ -253,7 +254,7 @@ impl LedgerEntry {
         })
     }
 
-    /// A release is not to be tried again yet. The release that is active is never skipped.
+    /// Records that a release is not to be tried again yet. The active release is never skipped.
     pub fn skip(&mut self, skipped: SkippedRelease) {
         let runs = self.active.as_ref().is_some_and(|active| {
             active.version == skipped.version && !differ(skipped.sha256.as_ref(), active.sha256.as_ref())
@@ -267,31 +268,31 @@ impl LedgerEntry {
         self.skipped.drain(..surplus);
     }
 
-    /// Whether and how a release of this version is skipped; of another package it is not.
+    /// The skip of this release, if there is one. Another package of the same version is not skipped.
     pub fn skipped(&self, version: &Version, sha256: Option<&Digest>) -> Option<&SkippedRelease> {
         self.skipped.iter().find(|skipped| skipped.version == *version && !differ(skipped.sha256.as_ref(), sha256))
     }
 
-    /// Every release may be tried again. Whether one could not.
-    pub fn allow_all(&mut self) -> bool {
+    /// Clears all skips. Returns whether there were any.
+    pub fn clear_skips(&mut self) -> bool {
         !std::mem::take(&mut self.skipped).is_empty()
     }
 
-    /// Takes in the order in force: version, package and `retry`; `None`: there is none. A skip for good, and a hold, last as long as the
-    /// order names the same release with no higher `retry`; skips for a while end. Whether anything changed.
-    pub fn ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
+    /// Applies the order in force: version, package and `retry`; `None`: there is none. Permanent skips and a hold last while the order names the
+    /// same release with no higher `retry`; timed skips end. Returns whether anything changed.
+    pub fn order_changed(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
         let timed = self.skipped.len();
         self.skipped.retain(|skipped| skipped.until.is_none());
         let ended = timed != self.skipped.len();
-        self.keep_ordered(order) || ended
+        self.drop_outdated(order) || ended
     }
 
-    /// As [`LedgerEntry::ordered`], of the order that a new manager finds: skips for a while last on.
+    /// As [`LedgerEntry::order_changed`], for the order that a restarted manager finds: timed skips stay.
     pub fn resume_order(&mut self, order: (&Version, Option<&Digest>, u64)) -> bool {
-        holds(Guard::ResumeOrder) && self.keep_ordered(Some(order))
+        holds(Guard::ResumeOrder) && self.drop_outdated(Some(order))
     }
 
-    fn keep_ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
+    fn drop_outdated(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
         let before = (self.skipped.len(), self.overruled.is_some());
         self.skipped.retain(|skipped| {
             skipped.until.is_some()
@@ -305,12 +306,12 @@ impl LedgerEntry {
         before != (self.skipped.len(), self.overruled.is_some())
     }
 
-    /// The release of this version, or of any, that is not to be tried again until another is ordered.
-    pub fn skipped_for_good(&self) -> impl Iterator<Item = &SkippedRelease> {
+    /// The permanently skipped releases: they are not tried again until another release is ordered.
+    pub fn permanently_skipped(&self) -> impl Iterator<Item = &SkippedRelease> {
         self.skipped.iter().filter(|skipped| skipped.until.is_none())
     }
 
-    /// All of them, for a search through the states.
+    /// All skips, for a search through the states.
     #[cfg(test)]
     pub fn skips(&self) -> &[SkippedRelease] {
         &self.skipped
@@ -322,9 +323,9 @@ impl LedgerEntry {
         self.staged.as_ref()
     }
 
-    /// Drops what is not whole on disk; `is_whole` says which releases are. A probation that is lost so is rolled back, and a lost active
-    /// one gives way to the backup.
-    pub fn keep_whole(&mut self, is_whole: impl Fn(&Version) -> bool) {
+    /// Drops releases that are not complete on disk, as `is_whole` reports. A lost probation is rolled back, and a lost active release is
+    /// replaced by the backup.
+    pub fn drop_incomplete(&mut self, is_whole: impl Fn(&Version) -> bool) {
         let had_active = self.active.is_some();
         for place in [&mut self.probation, &mut self.active, &mut self.backup, &mut self.staged] {
             place.take_if(|release| !is_whole(&release.version));
@@ -341,10 +342,10 @@ impl LedgerEntry {
         }
     }
 
-    /// Goes on after a restart of the manager. `running`: the release whose process still runs.
+    /// Resumes after a restart of the manager. `running`: the release whose process still runs.
     ///
-    /// Where that is the active one, the one on probation was not started yet and is given up until it is ordered again. Where it is
-    /// neither, an older manager, which keeps no ledger, has activated it meanwhile; but not one that was given up, which was not down yet.
+    /// If that is the active one, the release on probation was not started yet and is dropped until it is ordered again. If it is neither, an
+    /// older manager without a ledger has activated it, unless it was given up and its process is still stopping.
     pub fn resume(&mut self, running: &LedgerRelease) {
         let is =
             |place: &Option<LedgerRelease>| place.as_ref().is_some_and(|release| release.version == running.version);
@@ -354,8 +355,8 @@ impl LedgerEntry {
         if holds(Guard::ResumeRollsBack) {
             self.roll_back();
         }
-        let makes_way = self.has_given_up(&running.version) && holds(Guard::ResumeReturns);
-        if !is(&self.active) && !makes_way {
+        let was_given_up = self.has_given_up(&running.version) && holds(Guard::ResumeRollback);
+        if !is(&self.active) && !was_given_up {
             self.activate(running.clone());
         }
     }
@@ -371,7 +372,7 @@ impl LedgerEntry {
         }
     }
 
-    /// It is put into use: it is neither waiting nor skipped nor given up.
+    /// Clears the release from the staged, skipped and given-up ones.
     fn put_into_use(&mut self, release: &LedgerRelease) {
         self.given_up.take_if(|version| *version == release.version);
         self.skipped.retain(|skipped| skipped.version != release.version);
@@ -385,14 +386,14 @@ fn differ(one: Option<&Digest>, other: Option<&Digest>) -> bool {
 }
 
 impl LedgerRelease {
-    /// Whether this version, of this package where one is named, is it.
-    pub fn is_asked(&self, version: &Version, sha256: Option<&Digest>) -> bool {
+    /// Whether this is the given version and, where a package is given, that package.
+    pub fn matches(&self, version: &Version, sha256: Option<&Digest>) -> bool {
         self.version == *version && !differ(self.sha256.as_ref(), sha256)
     }
 
     /// Whether both are the same release.
     pub fn is(&self, other: &LedgerRelease) -> bool {
-        self.is_asked(&other.version, other.sha256.as_ref())
+        self.matches(&other.version, other.sha256.as_ref())
     }
 }
 

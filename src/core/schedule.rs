@@ -1,8 +1,8 @@
-//! When to try again: delays that grow, jitter that spreads, the moments of the heartbeat, and how often to tell of the same.
+//! When to try again: growing delays, jitter, the times of heartbeats, and a limit on repeated events.
 
 use std::time::{Duration, Instant};
 
-/// How the delay between tries grows.
+/// How the delay between two tries grows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Backoff {
     pub base: Duration,
@@ -10,23 +10,23 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The delay after `failures` in a row (from 1): doubling, capped, spread over its upper half by `jitter` from 0 to 1.
+    /// The delay after `failures` in a row (from 1): doubled each time, capped, and spread over its upper half by `jitter` from 0 to 1.
     pub fn delay(self, failures: u32, jitter: f64) -> Duration {
         let doubled = self.base.saturating_mul(1 << failures.saturating_sub(1).min(20));
         doubled.min(self.cap).mul_f64(0.5 + 0.5 * jitter.clamp(0.0, 1.0))
     }
 }
 
-/// The longest that a gateway may make a host wait.
+/// The longest wait that a gateway may request.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
-/// A gateway that cannot be reached is tried at least so often.
+/// The longest interval between two tries to reach a gateway.
 const LONGEST_HEARTBEAT_BACKOFF: Duration = Duration::from_secs(300);
 
-/// What the last heartbeat came to.
+/// The result of the last heartbeat.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum HeartbeatOutcome {
     Answered,
-    /// Failed for the n-th time in a row, from 1, perhaps with the gateway's own word on when to come again.
+    /// The number of failures in a row, from 1, and the wait that the gateway requested, if it did.
     Failed {
         times: u32,
         retry_after: Option<Duration>,
@@ -40,58 +40,58 @@ pub fn next_heartbeat(interval: Duration, outcome: HeartbeatOutcome, jitter: f64
         HeartbeatOutcome::Failed { times, retry_after } => {
             let backoff = Backoff { base: interval, cap: LONGEST_HEARTBEAT_BACKOFF.max(interval) };
             let ours = backoff.delay(times, jitter);
-            // All that were told the same do not come back at the same moment.
+            // Spreads hosts that received the same wait.
             let spread = interval.mul_f64(jitter.clamp(0.0, 1.0));
             retry_after.map_or(ours, |theirs| (theirs.min(LONGEST_RETRY_AFTER) + spread).max(ours))
         }
     }
 }
 
-/// How long to wait before the first one: none, but after boot a random moment of the interval, so that a site that regains power does not
-/// come all at once.
+/// How long to wait before the first heartbeat: not at all, but after a boot a random part of the interval, so that a site that regains power
+/// does not send all heartbeats at once.
 pub fn first_heartbeat(interval: Duration, after_boot: bool, jitter: f64) -> Duration {
     if after_boot { interval.mul_f64(jitter.clamp(0.0, 1.0)) } else { Duration::ZERO }
 }
 
-/// How often something may be told that may happen again and again: so many times at once, and one time more for each `every` that passes.
+/// A limit on a repeated event: `most` at once, and one more per `every`.
 ///
-/// The one limit on how often something happens: the journal, each sub-agent's events and strangers at the door have one each. Bytes are
-/// another matter: `core/throughput.rs` spreads them over time, and judges whether they come fast enough.
+/// Every limit on how often something happens uses this: the journal, each sub-agent's events, and unauthenticated clients of the control
+/// socket. The rate of bytes is handled in `core/throughput.rs`.
 #[derive(Debug, Clone)]
 pub struct RateLimiter {
-    most: u32,
+    burst: u32,
     every: Duration,
-    left: u32,
-    /// Up to here it was given what it is due.
-    given: Option<Instant>,
-    /// Not told since the last that was.
-    untold: u64,
+    permits: u32,
+    /// Until when permits were added.
+    refilled_until: Option<Instant>,
+    /// Events suppressed since the last permitted one.
+    suppressed: u64,
 }
 
 impl RateLimiter {
-    pub fn new(most: u32, every: Duration) -> RateLimiter {
-        RateLimiter { most, every, left: most, given: None, untold: 0 }
+    pub fn new(burst: u32, every: Duration) -> RateLimiter {
+        RateLimiter { burst, every, permits: burst, refilled_until: None, suppressed: 0 }
     }
 
-    /// Whether nothing was told for so long that it is as if nothing ever was.
-    pub fn is_whole(&self, now: Instant) -> bool {
-        let all = self.every * (self.most - self.left);
-        self.given.is_none_or(|given| now.saturating_duration_since(given) >= all)
+    /// Whether all permits are available again, as in a new limiter.
+    pub fn is_full(&self, now: Instant) -> bool {
+        let all = self.every * (self.burst - self.permits);
+        self.refilled_until.is_none_or(|given| now.saturating_duration_since(given) >= all)
     }
 
-    /// Asks to tell one thing more: `Some` with how many were not told since the last that was, or `None`.
+    /// Requests a permit for one event. `Some`: the number of events suppressed since the last permitted one. `None`: suppressed.
     pub fn take(&mut self, now: Instant) -> Option<u64> {
-        let given = *self.given.get_or_insert(now);
+        let given = *self.refilled_until.get_or_insert(now);
         let due = now.saturating_duration_since(given).as_nanos() / self.every.as_nanos().max(1);
         let due = u32::try_from(due).unwrap_or(u32::MAX);
-        self.left = self.left.saturating_add(due).min(self.most);
-        self.given = Some(if self.left == self.most { now } else { given + self.every * due });
-        if self.left == 0 {
-            self.untold = self.untold.saturating_add(1);
+        self.permits = self.permits.saturating_add(due).min(self.burst);
+        self.refilled_until = Some(if self.permits == self.burst { now } else { given + self.every * due });
+        if self.permits == 0 {
+            self.suppressed = self.suppressed.saturating_add(1);
             return None;
         }
-        self.left -= 1;
-        Some(std::mem::take(&mut self.untold))
+        self.permits -= 1;
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_back_off_to_a_cap_and_the_gateways_word_is_heard() {
+    fn failures_back_off_to_a_cap_and_the_gateways_retry_after_is_followed() {
         let failed = |times, retry_after| next_heartbeat(S(30), HeartbeatOutcome::Failed { times, retry_after }, 1.0);
         assert_eq!(failed(1, None), S(30));
         assert_eq!(failed(2, None), S(60));
@@ -121,20 +121,20 @@ mod tests {
     }
 
     #[test]
-    fn an_allowance_is_spent_and_comes_back_and_counts_what_was_not_told() {
+    fn permits_are_used_up_and_refilled_and_suppressed_events_are_counted() {
         let start = Instant::now();
-        let mut allowance = RateLimiter::new(3, S(60));
-        let told = |allowance: &mut RateLimiter, seconds| allowance.take(start + S(seconds));
-        assert_eq!([0, 0, 1, 1, 2].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None, None]);
-        assert_eq!([59, 60, 61, 119, 120].map(|at| told(&mut allowance, at)), [None, Some(3), None, None, Some(2)]);
-        assert_eq!([9000; 4].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None]);
-        assert_eq!([9_179, 9_180].map(|at| allowance.is_whole(start + S(at))), [false, true]);
-        let day = (0..86_400).filter(|second| told(&mut allowance, 10_000 + second).is_some()).count();
+        let mut limiter = RateLimiter::new(3, S(60));
+        let permit = |limiter: &mut RateLimiter, seconds| limiter.take(start + S(seconds));
+        assert_eq!([0, 0, 1, 1, 2].map(|at| permit(&mut limiter, at)), [Some(0), Some(0), Some(0), None, None]);
+        assert_eq!([59, 60, 61, 119, 120].map(|at| permit(&mut limiter, at)), [None, Some(3), None, None, Some(2)]);
+        assert_eq!([9000; 4].map(|at| permit(&mut limiter, at)), [Some(0), Some(0), Some(0), None]);
+        assert_eq!([9_179, 9_180].map(|at| limiter.is_full(start + S(at))), [false, true]);
+        let day = (0..86_400).filter(|second| permit(&mut limiter, 10_000 + second).is_some()).count();
         assert!((1_439..=1_443).contains(&day), "{day}");
     }
 
     #[test]
-    fn the_first_one_is_immediate_but_after_boot() {
+    fn the_first_heartbeat_is_immediate_except_after_a_boot() {
         assert_eq!(first_heartbeat(S(30), false, 0.7), Duration::ZERO);
         assert_eq!(first_heartbeat(S(30), true, 0.5), S(15));
     }

@@ -1,4 +1,4 @@
-//! The supervisor of one sub-agent: what to do next, from what is wanted and what happened.
+//! The supervisor of one sub-agent: decides the next action from the desired state and the events of its process.
 //!
 //! ```text
 //!            Start                 Started
@@ -6,16 +6,16 @@
 //!    ▲                 ▲ │ StartFailed             │  │
 //!    │ Stopped         │ ▼                         │  ▼
 //!    ├─────────────────┤ ┌─────────────────────────│──┘
-//!    │                 │ ▼                         │ Rest, Again,
+//!    │                 │ ▼                         │ Stop, Restart,
 //!  Stopping ─────────▶ Waiting                     │ unhealthy too often
-//!    ▲                   │ Rest                    │
+//!    ▲                   │ Stop                    │
 //!    └───────────────────┴─────────────────────────┘
 //! ```
 //!
-//! It never gives up on a sub-agent that should run, and never spins: the first restart comes at once, each further one after a delay that
-//! doubles up to a cap, and a healthy time begins the count anew. A start that failed and one that was unhealthy for too long are failures
-//! as an exit is. While wanted there is always a process, an action under way or a [`Supervisor::deadline`]; and never a second process
-//! before the first is known to be gone.
+//! A sub-agent that should run is always restarted, but never in a tight loop: the first restart is immediate, each further one waits for a
+//! delay that doubles up to a cap, and a healthy period resets the count. A failed start and being unhealthy for too long count as failures,
+//! as an exit does. While it should run there is a process, an action under way or a [`Supervisor::deadline`]; and a second process is never
+//! started before the first is known to have exited.
 
 mod health;
 
@@ -31,12 +31,12 @@ use super::protocol::AgentState;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RestartPolicy {
     pub restart: Restart,
-    /// Delay before the second restart in a row; the first comes at once.
+    /// The delay before the second restart in a row; the first restart is immediate.
     pub base: Duration,
     pub cap: Duration,
-    /// Up for so long, and well by its checks where there are any, the next failure is a first one.
+    /// After this uptime, healthy by its checks where it has some, the failure count starts at zero.
     pub healthy: Duration,
-    /// Counts for processes that are started or adopted from then on.
+    /// A change applies to processes that are started or adopted later.
     pub checks: Option<HealthPolicy>,
 }
 
@@ -54,19 +54,19 @@ impl Default for RestartPolicy {
 
 #[derive(Debug, Clone, PartialEq)]
 enum SupervisorPhase {
-    /// Not running, nothing under way. `done`: it ended by itself and its restart policy says to leave it so.
+    /// Not running, no action under way. `done`: it exited, and its restart policy does not restart it.
     Down {
         done: bool,
     },
-    /// Asked to be started.
+    /// A start is under way.
     Starting,
     Up(ProcessState),
-    /// Asked to be stopped: its process, or what a dead one left behind. `failed`: because of its health.
+    /// A stop of its process, or of its leftover processes, is under way. `failed`: it is stopped for its health.
     Stopping {
         process: Option<ProcessState>,
         failed: bool,
     },
-    /// To be started when the time has come.
+    /// Waits for its back-off to end.
     Waiting {
         until: Instant,
     },
@@ -79,57 +79,57 @@ struct ProcessState {
     health: ProcessHealth,
 }
 
-/// What happened to the sub-agent.
+/// An event of the sub-agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SupervisorEvent {
     /// It is to run.
     Run,
-    /// It is to rest.
-    Rest,
-    /// It is to be stopped and started, because somebody asked.
-    Again,
+    /// It is to be stopped.
+    Stop,
+    /// It is to be restarted, by request.
+    Restart,
     Started {
         pid: u32,
     },
     StartFailed {
         why: String,
     },
-    /// It ended by itself; `success` is unknown for one that was adopted, which counts as a failure.
+    /// It exited without a request. `success`: unknown for an adopted process, which counts as a failure.
     Exited {
         success: Option<bool>,
         how: String,
     },
-    /// The check that was asked for came to this.
+    /// The result of the requested check.
     Checked(CheckResult),
-    /// The stop that was asked for is done: nothing of it is left.
+    /// The requested stop is complete: no process is left.
     Stopped,
-    /// Time passed.
+    /// A deadline has passed.
     Tick,
 }
 
-/// What to do.
+/// The next action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SupervisorAction {
     Start,
     Stop,
-    /// To ask after its health, and to tell with [`SupervisorEvent::Checked`].
+    /// Check its health; answered with [`SupervisorEvent::Checked`].
     Check,
 }
 
-/// One sub-agent's supervisor.
+/// The supervisor of one sub-agent.
 #[derive(Debug, Clone)]
 pub struct Supervisor {
     policy: RestartPolicy,
     wanted: bool,
     phase: SupervisorPhase,
-    /// In a row, without a healthy time between.
+    /// Failures in a row, without a healthy period between.
     failures: u32,
     restarts: u64,
     last_error: Option<String>,
 }
 
 impl Supervisor {
-    /// One that rests; `restarts` goes on counting from an earlier manager's.
+    /// A stopped sub-agent. `restarts`: the count of a previous manager, which is continued.
     pub fn new(policy: RestartPolicy, restarts: u64) -> Supervisor {
         Supervisor {
             policy,
@@ -141,14 +141,14 @@ impl Supervisor {
         }
     }
 
-    /// Takes charge of a process that another manager started, at `since`.
+    /// Adopts a process that another manager started at `since`.
     pub fn adopt(&mut self, pid: u32, since: Instant, now: Instant, jitter: f64) {
-        let health = ProcessHealth::of(self.policy.checks, since, now, jitter);
+        let health = ProcessHealth::new(self.policy.checks, since, now, jitter);
         self.phase = SupervisorPhase::Up(ProcessState { pid, since, health });
     }
 
-    /// Takes note that another process took the place of the one that was up. Nothing changes where none was.
-    pub fn replace(&mut self, pid: u32, now: Instant) {
+    /// Replaces the pid of the running process. Without a running process, nothing changes.
+    pub fn replace_pid(&mut self, pid: u32, now: Instant) {
         if let SupervisorPhase::Up(process) = &mut self.phase {
             (process.pid, process.since) = (pid, now);
         }
@@ -162,7 +162,7 @@ impl Supervisor {
         self.wanted
     }
 
-    /// Nothing of it runs and nothing is under way.
+    /// No process runs and no action is under way.
     pub fn is_down(&self) -> bool {
         matches!(self.phase, SupervisorPhase::Down { .. } | SupervisorPhase::Waiting { .. })
     }
@@ -171,7 +171,7 @@ impl Supervisor {
         matches!(self.phase, SupervisorPhase::Up(_))
     }
 
-    /// It was asked to be started, and neither has nor failed to.
+    /// A start is under way.
     pub fn is_starting(&self) -> bool {
         self.phase == SupervisorPhase::Starting
     }
@@ -180,7 +180,7 @@ impl Supervisor {
         matches!(self.phase, SupervisorPhase::Stopping { .. })
     }
 
-    /// The process that runs, perhaps while it is being stopped.
+    /// The running process, including one that is being stopped.
     fn process(&self) -> Option<&ProcessState> {
         match &self.phase {
             SupervisorPhase::Up(process) | SupervisorPhase::Stopping { process: Some(process), .. } => Some(process),
@@ -196,32 +196,32 @@ impl Supervisor {
         self.process().map(|process| process.since)
     }
 
-    /// Restarts that nobody asked for.
+    /// Restarts after failures, without those that were requested.
     pub fn restarts(&self) -> u64 {
         self.restarts
     }
 
-    /// Failures in a row, without a healthy time between.
+    /// Failures in a row, without a healthy period between.
     pub fn failures(&self) -> u32 {
         self.failures
     }
 
-    /// What is wrong with its health, else why it was last started again or cannot be.
+    /// The current health problem, or else the reason for the last restart or failed start.
     pub fn last_error(&self) -> Option<&str> {
-        self.process().and_then(|process| process.health.why()).or(self.last_error.as_deref())
+        self.process().and_then(|process| process.health.problem()).or(self.last_error.as_deref())
     }
 
-    /// Whether its process runs and is well: by its last check, where there are checks.
-    pub fn is_well(&self) -> bool {
-        matches!(&self.phase, SupervisorPhase::Up(process) if process.health.is_well())
+    /// Whether its process runs and is healthy: by the last check, where there are checks.
+    pub fn is_healthy(&self) -> bool {
+        matches!(&self.phase, SupervisorPhase::Up(process) if process.health.is_healthy())
     }
 
-    /// It ended by itself, and its restart policy leaves it so.
+    /// It exited, and its restart policy does not restart it.
     pub fn is_done(&self) -> bool {
         self.phase == SupervisorPhase::Down { done: true }
     }
 
-    /// When [`SupervisorEvent::Tick`] has something to do.
+    /// When the next [`SupervisorEvent::Tick`] is due.
     pub fn deadline(&self) -> Option<Instant> {
         match &self.phase {
             SupervisorPhase::Waiting { until } => Some(*until),
@@ -230,7 +230,7 @@ impl Supervisor {
         }
     }
 
-    /// When it is started again, where it waits for that.
+    /// When its back-off ends, if it waits for that.
     pub fn starts_at(&self) -> Option<Instant> {
         match self.phase {
             SupervisorPhase::Waiting { until } => Some(until),
@@ -238,7 +238,7 @@ impl Supervisor {
         }
     }
 
-    /// As an operator reads it. What is being stopped is what it was until it is down: its process still runs.
+    /// The state that operators see. A sub-agent that is being stopped keeps its state until its process has exited.
     pub fn state(&self) -> AgentState {
         match &self.phase {
             SupervisorPhase::Down { done: false } if self.wanted => AgentState::Failed,
@@ -253,20 +253,20 @@ impl Supervisor {
         }
     }
 
-    /// Takes in what happened and says what to do. `jitter` is from 0 to 1 and spreads the delays over a quarter of their length.
+    /// Handles an event and returns the next action. `jitter` is from 0 to 1 and shortens delays by up to a quarter.
     ///
-    /// An event that cannot come in the phase it comes in changes nothing.
+    /// An event that does not fit the phase changes nothing.
     pub fn step(&mut self, event: SupervisorEvent, now: Instant, jitter: f64) -> Option<SupervisorAction> {
         match event {
             SupervisorEvent::Run => {
                 self.wanted = true;
                 matches!(self.phase, SupervisorPhase::Down { .. }).then(|| self.start())
             }
-            SupervisorEvent::Rest => {
+            SupervisorEvent::Stop => {
                 self.wanted = false;
-                self.forget();
+                self.clear_failures();
                 match &mut self.phase {
-                    // Also of one whose main process is dead: what that started may not be.
+                    // Stop it even if its main process exited: child processes may still run.
                     SupervisorPhase::Up(_) | SupervisorPhase::Waiting { .. } | SupervisorPhase::Down { done: true } => {
                         Some(self.stop(false))
                     }
@@ -274,22 +274,22 @@ impl Supervisor {
                         *failed = false;
                         None
                     }
-                    // A start under way is stopped when it is known what to stop.
+                    // A start under way is stopped once its pid is known.
                     SupervisorPhase::Starting | SupervisorPhase::Down { done: false } => None,
                 }
             }
-            SupervisorEvent::Again if self.wanted => match &mut self.phase {
+            SupervisorEvent::Restart if self.wanted => match &mut self.phase {
                 SupervisorPhase::Up(_) => {
-                    self.forget();
+                    self.clear_failures();
                     Some(self.stop(false))
                 }
                 SupervisorPhase::Waiting { .. } | SupervisorPhase::Down { .. } => {
-                    self.forget();
+                    self.clear_failures();
                     Some(self.start())
                 }
                 SupervisorPhase::Stopping { failed, .. } => {
                     *failed = false;
-                    self.forget();
+                    self.clear_failures();
                     None
                 }
                 SupervisorPhase::Starting => None,
@@ -299,30 +299,30 @@ impl Supervisor {
                 (!self.wanted).then(|| self.stop(false))
             }
             SupervisorEvent::StartFailed { why } if self.phase == SupervisorPhase::Starting => {
-                // What is not wanted any more is not missed.
+                // The error of a start that is no longer needed is dropped.
                 if self.wanted {
                     self.last_error = Some(why);
                 }
-                self.fail(now, jitter)
+                self.count_failure(now, jitter)
             }
             SupervisorEvent::Exited { success, how } if self.is_up() => {
-                self.settle(now);
-                let again = match self.policy.restart {
+                self.reset_if_healthy(now);
+                let restarts = match self.policy.restart {
                     Restart::Always => true,
                     Restart::OnFailure => success != Some(true),
                     Restart::Never => false,
                 };
                 self.last_error = Some(how);
-                if again {
-                    self.fail(now, jitter)
+                if restarts {
+                    self.count_failure(now, jitter)
                 } else {
                     self.phase = SupervisorPhase::Down { done: true };
                     None
                 }
             }
-            SupervisorEvent::Checked(answer) => self.checked(answer, now),
+            SupervisorEvent::Checked(answer) => self.record_check(answer, now),
             SupervisorEvent::Stopped => match self.phase {
-                SupervisorPhase::Stopping { failed, .. } if self.wanted && failed => self.fail(now, jitter),
+                SupervisorPhase::Stopping { failed, .. } if self.wanted && failed => self.count_failure(now, jitter),
                 SupervisorPhase::Stopping { .. } => {
                     self.phase = SupervisorPhase::Down { done: false };
                     self.wanted.then(|| self.start())
@@ -331,64 +331,64 @@ impl Supervisor {
             },
             SupervisorEvent::Tick => match &mut self.phase {
                 SupervisorPhase::Waiting { until } if now >= *until => Some(self.start()),
-                SupervisorPhase::Up(process) => process.health.begin(now).then_some(SupervisorAction::Check),
+                SupervisorPhase::Up(process) => process.health.begin_check(now).then_some(SupervisorAction::Check),
                 _ => None,
             },
-            SupervisorEvent::Again
+            SupervisorEvent::Restart
             | SupervisorEvent::Started { .. }
             | SupervisorEvent::StartFailed { .. }
             | SupervisorEvent::Exited { .. } => None,
         }
     }
 
-    /// All that its further steps depend on, relative to `now`, for a search through the states.
+    /// A digest of all state that future steps depend on, relative to `now`, for a search through the states.
     #[cfg(test)]
     pub fn outline(&self, now: Instant) -> Vec<i64> {
-        // More failures than these make no delay longer.
+        // More failures do not lengthen the delay.
         let failures = i64::from(self.failures.min(8));
         let RestartPolicy { restart, checks, .. } = &self.policy;
         let policy = *restart as i64 * 2 + i64::from(checks.is_some());
-        let mut words = vec![policy, i64::from(self.wanted), failures];
+        let mut digest = vec![policy, i64::from(self.wanted), failures];
         match &self.phase {
-            SupervisorPhase::Down { done } => words.extend([0, i64::from(*done)]),
-            SupervisorPhase::Starting => words.push(1),
+            SupervisorPhase::Down { done } => digest.extend([0, i64::from(*done)]),
+            SupervisorPhase::Starting => digest.push(1),
             SupervisorPhase::Up(process) => {
-                words.push(2);
-                words.extend(process.health.outline(now, self.policy.healthy));
+                digest.push(2);
+                digest.extend(process.health.outline(now, self.policy.healthy));
             }
             SupervisorPhase::Stopping { process, failed } => {
-                words.extend([3, i64::from(*failed), i64::from(process.is_some())]);
+                digest.extend([3, i64::from(*failed), i64::from(process.is_some())]);
             }
             SupervisorPhase::Waiting { until } => {
-                words.extend([4, health::millis(until.saturating_duration_since(now))]);
+                digest.extend([4, health::millis(until.saturating_duration_since(now))]);
             }
         }
-        words
+        digest
     }
 
-    fn checked(&mut self, answer: CheckResult, now: Instant) -> Option<SupervisorAction> {
-        self.settle(now);
+    fn record_check(&mut self, answer: CheckResult, now: Instant) -> Option<SupervisorAction> {
+        self.reset_if_healthy(now);
         let SupervisorPhase::Up(process) = &mut self.phase else { return None };
-        let verdict = process.health.take(answer, now);
-        // Not to be started again, it is left as it is, and shown: stopping it would help nobody.
-        if verdict == HealthVerdict::Bearable || self.policy.restart == Restart::Never {
+        let verdict = process.health.record(answer, now);
+        // With the policy `never` it keeps running and is shown as unhealthy: a stop would not help.
+        if verdict == HealthVerdict::Continue || self.policy.restart == Restart::Never {
             return None;
         }
-        self.last_error = process.health.why().map(|why| format!("stopped to be started again: {why}"));
+        self.last_error = process.health.problem().map(|why| format!("restarted: {why}"));
         Some(self.stop(true))
     }
 
-    /// After a healthy time the failures of before count no more.
-    fn settle(&mut self, now: Instant) {
+    /// Resets the failure count after a healthy period.
+    fn reset_if_healthy(&mut self, now: Instant) {
         if let SupervisorPhase::Up(process) = &self.phase
-            && process.health.well_for(now) >= self.policy.healthy
+            && process.health.healthy_for(now) >= self.policy.healthy
         {
             self.failures = 0;
         }
     }
 
-    /// What comes next was asked for: another release, perhaps, for which the troubles of the last one count nothing.
-    fn forget(&mut self) {
+    /// Clears the counts and errors: the next start was requested and may be of another release.
+    fn clear_failures(&mut self) {
         self.failures = 0;
         self.restarts = 0;
         self.last_error = None;
@@ -408,10 +408,10 @@ impl Supervisor {
         SupervisorAction::Stop
     }
 
-    /// One failure more: at once the first time, later and later from then on.
-    fn fail(&mut self, now: Instant, jitter: f64) -> Option<SupervisorAction> {
+    /// Counts a failure: the first restart is immediate, later ones wait.
+    fn count_failure(&mut self, now: Instant, jitter: f64) -> Option<SupervisorAction> {
         if !self.wanted {
-            // A start that failed may have started something all the same.
+            // A failed start may still have left processes.
             self.phase = SupervisorPhase::Starting;
             return Some(self.stop(false));
         }

@@ -1,49 +1,49 @@
-//! How fast bytes come: too slowly to go on waiting for them ([`MinimumRate`]), or faster than they may ([`Throttle`]). How often something may be
-//! told is limited by `Allowance` in `core/schedule.rs`: it counts events and lets bursts pass, where a throttle lets none.
+//! The rate of a byte stream: too slow to keep waiting ([`MinimumRate`]) or limited to a maximum ([`Throttle`]). The rate of events is
+//! limited by `RateLimiter` in `core/schedule.rs`, which allows bursts; a throttle allows none.
 
 use std::time::{Duration, Instant};
 
-/// Judges a stream of bytes by windows of time, one after the other: one in which too few came is not worth waiting for, however
-/// regularly they come.
+/// Measures a byte stream in consecutive windows of time. The stream is too slow if one window has too few bytes, however regularly they
+/// arrive.
 #[derive(Debug, Clone)]
 pub struct MinimumRate {
     window: Duration,
-    /// In each window.
-    least: u64,
+    /// The minimum number of bytes in each window.
+    minimum: u64,
     began: Option<Instant>,
     bytes: u64,
 }
 
 impl MinimumRate {
-    /// At least `per_second` bytes a second, on average over each `window`.
+    /// At least `per_second` bytes per second, on average over each `window`.
     pub fn new(window: Duration, per_second: u64) -> MinimumRate {
-        MinimumRate { window, least: per_second.saturating_mul(window.as_secs().max(1)), began: None, bytes: 0 }
+        MinimumRate { window, minimum: per_second.saturating_mul(window.as_secs().max(1)), began: None, bytes: 0 }
     }
 
-    /// Something was asked for: what it took before does not count.
+    /// A request was sent: time before it does not count.
     pub fn begin(&mut self, now: Instant) {
         (self.began, self.bytes) = (Some(now), 0);
     }
 
-    /// So many bytes came. Whether that is fast enough.
+    /// Records received bytes. Returns whether the stream is fast enough.
     #[must_use]
-    pub fn keeps(&mut self, bytes: u64, now: Instant) -> bool {
+    pub fn is_fast_enough(&mut self, bytes: u64, now: Instant) -> bool {
         let began = *self.began.get_or_insert(now);
         self.bytes = self.bytes.saturating_add(bytes);
         if now.saturating_duration_since(began) < self.window {
             return true;
         }
-        let enough = self.bytes >= self.least;
+        let enough = self.bytes >= self.minimum;
         self.begin(now);
         enough
     }
 }
 
-/// Spreads bytes over time so that all who share it together stay below a rate.
+/// Spreads bytes over time so that all users of it together stay below a rate.
 #[derive(Debug, Clone)]
 pub struct Throttle {
     per_second: u64,
-    /// When all that was taken so far has had its time.
+    /// Until when the bytes taken so far use up the rate.
     due: Option<Instant>,
 }
 
@@ -56,7 +56,7 @@ impl Throttle {
         self.per_second
     }
 
-    /// Takes so many bytes, and says how long to wait before the next are taken.
+    /// Takes bytes. Returns how long to wait before the next are taken.
     pub fn take(&mut self, bytes: u64, now: Instant) -> Duration {
         let begin = self.due.map_or(now, |due| due.max(now));
         let due = begin + Duration::from_secs_f64(bytes as f64 / self.per_second as f64);
@@ -72,32 +72,36 @@ mod tests {
     const S: fn(u64) -> Duration = Duration::from_secs;
 
     #[test]
-    fn a_drip_is_too_slow_however_regular_and_a_burst_at_the_end_is_not() {
+    fn a_steady_trickle_is_too_slow_and_a_late_burst_is_not() {
         let start = Instant::now();
         let mut drip = MinimumRate::new(S(100), 1024);
-        let kept: Vec<bool> = (0..250).map(|second| drip.keeps(1000, start + S(second))).collect();
-        assert_eq!(kept.iter().position(|kept| !kept), Some(100));
-        assert_eq!(kept.iter().filter(|kept| !**kept).count(), 2);
+        let fast: Vec<bool> = (0..250).map(|second| drip.is_fast_enough(1000, start + S(second))).collect();
+        assert_eq!(fast.iter().position(|fast| !fast), Some(100));
+        assert_eq!(fast.iter().filter(|fast| !**fast).count(), 2);
         let mut burst = MinimumRate::new(S(100), 1024);
-        assert!(burst.keeps(1, start) && burst.keeps(200_000, start + S(150)) && burst.keeps(1, start + S(249)));
-        assert!(!burst.keeps(1, start + S(251)));
+        assert!(
+            burst.is_fast_enough(1, start)
+                && burst.is_fast_enough(200_000, start + S(150))
+                && burst.is_fast_enough(1, start + S(249))
+        );
+        assert!(!burst.is_fast_enough(1, start + S(251)));
     }
 
     #[test]
     fn a_pause_between_two_requests_does_not_count() {
         let start = Instant::now();
-        let mut pace = MinimumRate::new(S(100), 1024);
-        assert!(pace.keeps(500_000, start));
-        pace.begin(start + S(1000));
-        assert!(pace.keeps(1, start + S(1001)));
+        let mut rate = MinimumRate::new(S(100), 1024);
+        assert!(rate.is_fast_enough(500_000, start));
+        rate.begin(start + S(1000));
+        assert!(rate.is_fast_enough(1, start + S(1001)));
     }
 
     #[test]
-    fn all_who_share_a_throttle_together_stay_below_its_rate() {
+    fn all_users_of_a_throttle_together_stay_below_its_rate() {
         let start = Instant::now();
         let mut throttle = Throttle::new(1000);
         assert_eq!([500, 500, 1000].map(|bytes| throttle.take(bytes, start).as_millis()), [500, 1000, 2000]);
-        // What was not used is not saved up.
+        // Unused capacity is not saved up.
         assert_eq!(throttle.take(1000, start + S(100)), S(1));
     }
 }

@@ -1,36 +1,36 @@
-//! The manager's upgrade of itself: what the next step is, from a record and from what is observed.
+//! The manager's self-upgrade: decides the next step from the record and the evidence.
 //!
 //! ```text
-//!   begin          record, backup, links, swap              judged by the old watchdog
+//!   begin          record, backup, links, swap              evaluated by the old watchdog
 //!  ───────▶ Switching ─────────────────────────▶ Trial ─────────────────────────────▶ Committing
-//!               │ interrupted                      │ condemned, or aborted               │ manager.json, links home,
-//!               ▼                                  ▼                                     │ the old watchdog ends
-//!           given up; skipped at           RollingBack ── no whole backup ──▶ Committing ▼
-//!           the third time                         │ links, restore, restart         the end
-//!                                                  ▼ manager.json, links home
-//!                                          the end, and the release is skipped
+//!               │ interrupted                      │ failed, or aborted                  │ manager.json, links restored,
+//!               ▼                                  ▼                                     │ the old watchdog exits
+//!           dropped; skipped at            RollingBack ── backup damaged ──▶ Committing  ▼
+//!           the third time                         │ links, restore, restart          finished
+//!                                                  ▼ manager.json, links restored
+//!                                            finished, and the release is skipped
 //!
-//!  any phase, and bin/aops is neither release: links home, given up, nothing is condemned
+//!  any phase, if bin/aops is neither release: links restored, dropped, no release is skipped
 //!
 //!  In Trial, in this order:
 //!    the operator decided              commit or roll back
-//!    the home is stopped               nothing counts
-//!    three deaths                      roll back; so do two failed proofs, five lost watchdogs, too much memory
-//!    no answer, or not adopted         for 60 seconds of judged time: roll back
+//!    the home is stopped               the trial is paused
+//!    three deaths                      roll back; also after two failed proofs, five lost watchdogs, or too much memory
+//!    no answer, or not adopted         for 60 seconds, not counting pauses: roll back
 //!    alive for less than upgradeTrial  wait
-//!    no heartbeat                      the old program sends one: it fails: unproven, ask again later; it works: roll back after a grace
+//!    no heartbeat                      the old program sends one. It fails: unproven, retry later; it works: roll back after a grace period
 //!    all of this passed                spa --prove, then commit
 //! ```
 //!
-//! A role loads the record, asks [`next`], carries out the one step, and asks again, under a lock that both roles and the installer take: at
-//! any time one of them looks or acts. Every step may be repeated. Before a step the directories `bin` and `state` and the home are synced, so
-//! that what an interrupted step left is durable before another relies on it; what the step writes is synced when it is done.
+//! A role loads the record, calls [`next`], executes the one step, and calls it again. It holds a lock that both roles and the installer use,
+//! so that only one of them observes or acts at a time. Every step may be repeated. Before a step, the directories `bin` and `state` and the
+//! home are synced: the results of an interrupted step are durable before the next step depends on them. A step syncs what it writes.
 //!
-//! It promises: `bin/aops` is whole at every instant; the record is on disk before the switch; a judge runs the old program; a release
-//! is committed only after its proof, unless the operator decides otherwise or there is nothing to go back to; never are both releases
-//! condemned. `search.rs` looks for a counterexample.
+//! Guarantees: `bin/aops` is complete at every instant; the record is on disk before the switch; the trial is evaluated by the old program; a
+//! release is committed only after its proof, unless the operator decides otherwise or there is no backup; the two releases are never both
+//! skipped. `search.rs` searches for a counterexample.
 //!
-//! It refuses to decide without a record: then the links are led back to `bin/aops`, whatever that is.
+//! Without a record nothing is decided: the links are pointed at `bin/aops`, whatever it is.
 
 mod evidence;
 mod record;
@@ -51,60 +51,60 @@ pub use record::{
 };
 pub use view::status;
 
-/// One step. [`next`] is asked again when it is done.
+/// The next step. [`next`] is called again when it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UpgradeStep {
-    /// Nothing is under way.
+    /// No upgrade is under way.
     Nothing,
     Wait(Wait),
-    /// Write the record as it is.
+    /// Write the record unchanged.
     Save,
-    /// Make the change and write the record.
+    /// Apply the change and write the record.
     Record(RecordChange),
-    /// Make `bin/aops.prev` from `bin/aops`.
+    /// Copy `bin/aops` to `bin/aops.prev`.
     BackUp,
-    /// Lead every role link but the manager's to `bin/aops.prev`.
+    /// Point every role link except the manager's at `bin/aops.prev`.
     LinkToBackup,
-    /// Put the staged executable at `bin/aops`.
+    /// Move the staged executable to `bin/aops`.
     Swap,
-    /// Put a copy of `bin/aops.prev` at `bin/aops`.
+    /// Copy `bin/aops.prev` to `bin/aops`.
     Restore,
-    /// Lead every role link to `bin/aops`.
+    /// Point every role link at `bin/aops`.
     LinkToExecutable,
-    /// Make `state/manager.json` name this release, and the epoch and the keys count if it is the new one.
+    /// Write this release to `state/manager.json`. For the new release, its epoch and keys take effect.
     RecordRelease(WhichRelease),
-    /// End the manager, which leaves the sub-agents running; the next one is started as after any death. A manager ends itself.
+    /// Stop the manager without its sub-agents; it is restarted as after a crash. A manager exits on its own.
     RestartManager,
-    /// The same, of a manager that does not answer.
+    /// The same for a manager that does not respond.
     KillManager,
-    /// The watchdog that asks ends; the next one is started as after any death.
-    EndWatchdog,
-    /// Begin a heartbeat of the old program.
+    /// The deciding watchdog exits; it is restarted as after a crash.
+    StopWatchdog,
+    /// Start a heartbeat with the old program.
     Probe,
-    /// Begin the proof of the new watchdog.
+    /// Start the proof of the new watchdog.
     Prove,
 }
 
-/// What is waited for. `left`: time alone brings the next decision then.
+/// What the upgrade waits for. `left`: the time until the next decision without an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
-    /// The other role has the next step.
+    /// The next step is the other role's.
     OtherRole,
-    /// The home is stopped.
+    /// The home is stopped; waits for its start.
     Start,
-    /// The new manager starts, answers or adopts.
+    /// The new manager is starting, or has not answered or adopted the sub-agents yet.
     Answer {
         left: Duration,
     },
-    /// The new manager has answered, and must live longer.
+    /// The new manager has answered and must run longer.
     Life {
         left: Duration,
     },
-    /// Neither program can send a heartbeat. Nothing counts against the new one.
+    /// Neither program can send a heartbeat. This does not count against the new release.
     Unproven {
         left: Duration,
     },
-    /// The old program could send a heartbeat, and the new manager must.
+    /// The old program could send a heartbeat, so the new manager must send one.
     Heartbeat {
         left: Duration,
     },
@@ -113,7 +113,7 @@ pub enum Wait {
 }
 
 impl Wait {
-    /// The time that is waited is given to [`UpgradeRecord::spend`].
+    /// Whether the time of this wait is added to [`UpgradeRecord::spend`].
     pub fn counts(self) -> bool {
         matches!(self, Wait::Answer { .. })
     }
@@ -128,10 +128,10 @@ impl Wait {
     }
 }
 
-/// Rules that can be turned off one at a time.
+/// Defines the rules that a test can disable one at a time.
 macro_rules! guards {
     ($($name:ident,)*) => {
-        /// The rules that the search turns off one at a time, to see that each is needed.
+        /// The safety rules. The search disables one at a time to prove that each is needed.
         #[derive(Debug, Clone, Copy)]
         struct Guards {
             $($name: bool,)*
@@ -140,7 +140,7 @@ macro_rules! guards {
         impl Guards {
             const ALL: Guards = Guards { $($name: true,)* };
 
-            /// All but one, for each.
+            /// For each rule, all rules except that one.
             #[cfg(test)]
             fn all_but_one() -> Vec<(&'static str, Guards)> {
                 vec![$((stringify!($name), Guards { $name: false, ..Guards::ALL }),)*]
@@ -157,27 +157,27 @@ guards! {
     links_before_restore,
     backup_whole_before_restore,
     restart_after_restore,
-    release_recorded_back,
+    release_recorded_on_rollback,
     release_recorded_on_commit,
     skip_on_rollback,
-    links_home_after_end,
-    end_old_watchdog,
-    neither_image_drops,
+    links_restored_after_end,
+    stop_old_watchdog,
+    foreign_executable_drops,
     commit_record_before_links,
     stop_pauses,
-    tries_budget,
-    watchdogs_budget,
-    proofs_budget,
-    time_budget,
-    memory,
+    death_limit,
+    lost_watchdog_limit,
+    failed_proof_limit,
+    time_limit,
+    memory_limit,
     adoption,
     minimum_life,
     heartbeat_before_commit,
-    probe_before_condemning,
+    probe_before_rollback,
     prove_before_commit,
 }
 
-/// The next step. The same record and evidence give the same step.
+/// The next step. The same record and evidence always give the same step.
 pub fn next(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -> UpgradeStep {
     decide(record, evidence, limits, &Guards::ALL)
 }
@@ -185,7 +185,7 @@ pub fn next(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -
 fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     let Some(trial) = record.trial() else { return without_record(evidence, guards) };
     if !may_act(trial.phase, evidence) {
-        let old_manager = evidence.asker == Decider::Manager && runs(evidence, WhichRelease::From);
+        let old_manager = evidence.decider == Decider::Manager && runs(evidence, WhichRelease::From);
         return if old_manager && is_switched(trial.phase, evidence.executable) {
             UpgradeStep::RestartManager
         } else {
@@ -195,7 +195,7 @@ fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, gua
     if !evidence.recorded && (guards.record_before_swap || trial.phase != UpgradePhase::Switching) {
         return UpgradeStep::Save;
     }
-    if evidence.executable == InstalledExecutable::Neither && guards.neither_image_drops {
+    if evidence.executable == InstalledExecutable::Neither && guards.foreign_executable_drops {
         return drop_trial(RecordChange::Drop, evidence, guards);
     }
     match (trial.phase, evidence.executable) {
@@ -211,22 +211,22 @@ fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, gua
             drop_trial(RecordChange::Interrupt, evidence, guards)
         }
         (UpgradePhase::Trial, InstalledExecutable::From) => drop_trial(RecordChange::Interrupt, evidence, guards),
-        (UpgradePhase::Trial, _) => judge(trial, evidence, limits, guards),
+        (UpgradePhase::Trial, _) => evaluate_trial(trial, evidence, limits, guards),
         (UpgradePhase::Committing, InstalledExecutable::From) => drop_trial(RecordChange::Drop, evidence, guards),
         (UpgradePhase::Committing, InstalledExecutable::Missing) if evidence.backup_whole => {
-            condemn(TrialEndReason::Vanished)
+            roll_back_and_skip(TrialEndReason::ExecutableMissing)
         }
         (UpgradePhase::Committing, _) => commit(evidence, guards),
         (UpgradePhase::RollingBack, _) => roll_back(trial, evidence, guards),
     }
 }
 
-/// The record is written by the manager until the switch, by the watchdog after it, by the installer when both are stopped. The manager
-/// ends a commit whose watchdog does not come, and a trial whose watchdog cannot come because the backup is gone.
+/// The record is written by the manager until the switch, by the watchdog after it, and by the installer while both are stopped. The manager
+/// completes a commit whose watchdog does not start, and a trial whose watchdog cannot start because the backup is gone.
 fn may_act(phase: UpgradePhase, evidence: &Evidence) -> bool {
     let no_watchdog = evidence.watchdog.is_none();
     let is_before_switch = phase == UpgradePhase::Switching && evidence.executable != InstalledExecutable::To;
-    match evidence.asker {
+    match evidence.decider {
         Decider::Installer => true,
         Decider::Manager => {
             is_before_switch || (no_watchdog && (phase == UpgradePhase::Committing || !evidence.backup_whole))
@@ -238,7 +238,7 @@ fn may_act(phase: UpgradePhase, evidence: &Evidence) -> bool {
     }
 }
 
-/// The new release is in place, and its manager is to run.
+/// Whether the new release is installed and its manager should run.
 fn is_switched(phase: UpgradePhase, executable: InstalledExecutable) -> bool {
     match phase {
         UpgradePhase::Switching => executable == InstalledExecutable::To,
@@ -250,25 +250,25 @@ fn is_switched(phase: UpgradePhase, executable: InstalledExecutable) -> bool {
 }
 
 fn without_record(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
-    if evidence.links == RoleLinks::Executable || !guards.links_home_after_end {
+    if evidence.links == RoleLinks::Executable || !guards.links_restored_after_end {
         return UpgradeStep::Nothing;
     }
-    // The links are led to a file that is there.
+    // The links must point at a file that exists.
     match evidence.executable {
         InstalledExecutable::Missing if evidence.backup_whole => UpgradeStep::Restore,
         _ => UpgradeStep::LinkToExecutable,
     }
 }
 
-/// Nothing was switched yet.
+/// Before the switch.
 fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if trial.forced == Some(OperatorDecision::Abort) {
-        return drop_trial(RecordChange::SkipAndForget, evidence, guards);
+        return drop_trial(RecordChange::FinishAndSkip, evidence, guards);
     }
-    if evidence.asker == Decider::Installer || evidence.stopped {
+    if evidence.decider == Decider::Installer || evidence.stopped {
         return drop_trial(RecordChange::Drop, evidence, guards);
     }
-    // A start sweeps `staging`, so this manager did not begin the switch.
+    // A start empties `staging`, so this manager did not begin the switch.
     if !evidence.staged && guards.staged_before_swap {
         return drop_trial(RecordChange::Interrupt, evidence, guards);
     }
@@ -279,65 +279,65 @@ fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
         return UpgradeStep::LinkToBackup;
     }
     match evidence.executable {
-        // There is nothing to switch but the record.
+        // Only the record needs to change.
         InstalledExecutable::Both => UpgradeStep::Record(RecordChange::BeginTrial),
         _ => UpgradeStep::Swap,
     }
 }
 
-fn judge(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
+fn evaluate_trial(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     if evidence.executable == InstalledExecutable::Missing && evidence.backup_whole {
-        return condemn(TrialEndReason::Vanished);
+        return roll_back_and_skip(TrialEndReason::ExecutableMissing);
     }
     if !evidence.backup_whole && guards.backup_whole_before_restore {
-        // Nor can a judge or `control` be started from it.
+        // Without a backup, neither the old watchdog nor `control` can be started from it.
         return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     }
-    if let Some(step) = keep_judge_old(evidence, guards) {
+    if let Some(step) = keep_old_watchdog(evidence, guards) {
         return step;
     }
     match trial.forced {
         Some(OperatorDecision::Commit) => {
             return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::Forced)));
         }
-        Some(OperatorDecision::Abort) => return condemn(TrialEndReason::Aborted),
-        None if evidence.asker == Decider::Installer => {
-            return UpgradeStep::Record(RecordChange::RollBack { reason: TrialEndReason::Installer, condemns: false });
+        Some(OperatorDecision::Abort) => return roll_back_and_skip(TrialEndReason::Aborted),
+        None if evidence.decider == Decider::Installer => {
+            return UpgradeStep::Record(RecordChange::RollBack { reason: TrialEndReason::Installer, skips: false });
         }
         None => {}
     }
     if evidence.stopped && guards.stop_pauses {
         return UpgradeStep::Wait(Wait::Start);
     }
-    if trial.deaths >= limits.deaths && guards.tries_budget {
-        return condemn(TrialEndReason::Died);
+    if trial.deaths >= limits.deaths && guards.death_limit {
+        return roll_back_and_skip(TrialEndReason::Died);
     }
-    if trial.lost_watchdogs >= limits.lost_watchdogs && guards.watchdogs_budget {
-        return condemn(TrialEndReason::WatchdogEnded);
+    if trial.lost_watchdogs >= limits.lost_watchdogs && guards.lost_watchdog_limit {
+        return roll_back_and_skip(TrialEndReason::WatchdogExited);
     }
-    if trial.failed_proofs >= limits.failed_proofs && guards.proofs_budget {
-        return condemn(TrialEndReason::Proof);
+    if trial.failed_proofs >= limits.failed_proofs && guards.failed_proof_limit {
+        return roll_back_and_skip(TrialEndReason::Proof);
     }
     if evidence.died {
-        return UpgradeStep::Record(RecordChange::LoseTry);
+        return UpgradeStep::Record(RecordChange::CountDeath);
     }
     if evidence.took_over {
-        return UpgradeStep::Record(RecordChange::LoseWatchdog);
+        return UpgradeStep::Record(RecordChange::CountLostWatchdog);
     }
     if evidence.proof == Proof::Failed {
-        return UpgradeStep::Record(RecordChange::FailProof);
+        return UpgradeStep::Record(RecordChange::CountFailedProof);
     }
-    judge_manager(trial, evidence, limits, guards)
+    evaluate_manager(trial, evidence, limits, guards)
 }
 
-/// The new manager, of which nothing is known that condemns it at once.
-fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
+/// Evaluates the new manager after the checks that fail it at once.
+fn evaluate_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     if runs(evidence, WhichRelease::From) {
-        return end_manager(evidence);
+        return stop_manager(evidence);
     }
     let manager = evidence.manager.filter(|manager| manager.image == WhichRelease::To);
-    if manager.is_some_and(|manager| manager.over_memory) && guards.memory {
-        return condemn(TrialEndReason::Memory);
+    if manager.is_some_and(|manager| manager.over_memory) && guards.memory_limit {
+        return roll_back_and_skip(TrialEndReason::Memory);
     }
     let answered = manager.and_then(|manager| manager.answered);
     let adopted = manager.is_some_and(|manager| manager.adopted) || !guards.adoption;
@@ -345,7 +345,7 @@ fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guard
         let spent = Duration::from_secs(trial.spent_seconds);
         let reason = if answered.is_some() { TrialEndReason::NotAdopted } else { TrialEndReason::NoAnswer };
         return match limits.first_answer.checked_sub(spent).filter(|left| !left.is_zero()) {
-            None if guards.time_budget => condemn(reason),
+            None if guards.time_limit => roll_back_and_skip(reason),
             left => UpgradeStep::Wait(Wait::Answer { left: left.unwrap_or_default() }),
         };
     };
@@ -367,13 +367,13 @@ fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guard
     }
 }
 
-/// It has not sent a heartbeat; whether that is its own fault, a heartbeat of the old program tells.
+/// The new manager has not sent a heartbeat. A heartbeat of the old program shows whether the new manager is at fault.
 fn await_heartbeat(probe: Probe, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     match probe {
-        _ if !guards.probe_before_condemning => condemn(TrialEndReason::NoHeartbeat),
+        _ if !guards.probe_before_rollback => roll_back_and_skip(TrialEndReason::NoHeartbeat),
         Probe::NotAsked => UpgradeStep::Probe,
         Probe::Running => UpgradeStep::Wait(Wait::Probe),
-        Probe::Works(ago) if ago >= limits.heartbeat_grace => condemn(TrialEndReason::NoHeartbeat),
+        Probe::Works(ago) if ago >= limits.heartbeat_grace => roll_back_and_skip(TrialEndReason::NoHeartbeat),
         Probe::Works(ago) => UpgradeStep::Wait(Wait::Heartbeat { left: limits.heartbeat_grace - ago }),
         Probe::Fails(ago) if ago >= limits.probe_pause => UpgradeStep::Probe,
         Probe::Fails(ago) => UpgradeStep::Wait(Wait::Unproven { left: limits.probe_pause - ago }),
@@ -387,29 +387,32 @@ fn commit_trial(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     UpgradeStep::Record(RecordChange::Commit(None))
 }
 
-/// Before the restore the next judge, and this one, run the old program.
-fn keep_judge_old(evidence: &Evidence, guards: &Guards) -> Option<UpgradeStep> {
+/// Until the restore, the watchdog must run the old program, after a restart too.
+fn keep_old_watchdog(evidence: &Evidence, guards: &Guards) -> Option<UpgradeStep> {
     if evidence.links != RoleLinks::Backup && guards.links_before_restore && guards.commit_record_before_links {
         return Some(UpgradeStep::LinkToBackup);
     }
-    let own_program_is_new = evidence.asker == Decider::Watchdog && evidence.watchdog != Some(WhichRelease::From);
-    (own_program_is_new && evidence.links == RoleLinks::Backup).then_some(UpgradeStep::EndWatchdog)
+    let own_program_is_new = evidence.decider == Decider::Watchdog && evidence.watchdog != Some(WhichRelease::From);
+    (own_program_is_new && evidence.links == RoleLinks::Backup).then_some(UpgradeStep::StopWatchdog)
 }
 
 fn commit(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if evidence.installed != WhichRelease::To && guards.release_recorded_on_commit {
         return UpgradeStep::RecordRelease(WhichRelease::To);
     }
-    if evidence.links != RoleLinks::Executable && guards.links_home_after_end {
+    if evidence.links != RoleLinks::Executable && guards.links_restored_after_end {
         return UpgradeStep::LinkToExecutable;
     }
     if runs(evidence, WhichRelease::From) {
-        return end_manager(evidence);
+        return stop_manager(evidence);
     }
-    if evidence.asker == Decider::Watchdog && evidence.watchdog == Some(WhichRelease::From) && guards.end_old_watchdog {
-        return UpgradeStep::EndWatchdog;
+    if evidence.decider == Decider::Watchdog
+        && evidence.watchdog == Some(WhichRelease::From)
+        && guards.stop_old_watchdog
+    {
+        return UpgradeStep::StopWatchdog;
     }
-    UpgradeStep::Record(RecordChange::Forget)
+    UpgradeStep::Record(RecordChange::Finish)
 }
 
 fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
@@ -420,36 +423,36 @@ fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep
                 _ => UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup))),
             };
         }
-        return keep_judge_old(evidence, guards).unwrap_or(UpgradeStep::Restore);
+        return keep_old_watchdog(evidence, guards).unwrap_or(UpgradeStep::Restore);
     }
-    let end = if trial.condemned && guards.skip_on_rollback { RecordChange::SkipAndForget } else { RecordChange::Drop };
+    let end = if trial.condemned && guards.skip_on_rollback { RecordChange::FinishAndSkip } else { RecordChange::Drop };
     drop_trial(end, evidence, guards)
 }
 
-/// Leads everything to what `bin/aops` is, and ends with this change.
+/// Adapts everything to the current `bin/aops`, then ends the upgrade with this change.
 fn drop_trial(end: RecordChange, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     let is_old = matches!(evidence.executable, InstalledExecutable::From | InstalledExecutable::Both);
-    if is_old && evidence.installed == WhichRelease::To && guards.release_recorded_back {
+    if is_old && evidence.installed == WhichRelease::To && guards.release_recorded_on_rollback {
         return UpgradeStep::RecordRelease(WhichRelease::From);
     }
     if is_old && runs(evidence, WhichRelease::To) && guards.restart_after_restore {
-        return end_manager(evidence);
+        return stop_manager(evidence);
     }
-    if evidence.links != RoleLinks::Executable && guards.links_home_after_end {
+    if evidence.links != RoleLinks::Executable && guards.links_restored_after_end {
         return UpgradeStep::LinkToExecutable;
     }
     UpgradeStep::Record(end)
 }
 
-fn condemn(reason: TrialEndReason) -> UpgradeStep {
-    UpgradeStep::Record(RecordChange::RollBack { reason, condemns: true })
+fn roll_back_and_skip(reason: TrialEndReason) -> UpgradeStep {
+    UpgradeStep::Record(RecordChange::RollBack { reason, skips: true })
 }
 
 fn runs(evidence: &Evidence, image: WhichRelease) -> bool {
     evidence.manager.is_some_and(|manager| manager.image == image)
 }
 
-fn end_manager(evidence: &Evidence) -> UpgradeStep {
+fn stop_manager(evidence: &Evidence) -> UpgradeStep {
     match evidence.manager {
         Some(ManagerEvidence { answered: None, .. }) => UpgradeStep::KillManager,
         _ => UpgradeStep::RestartManager,

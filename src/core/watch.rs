@@ -1,7 +1,6 @@
-//! How one role watches the other: when a silence is a hang, when one that is gone is started again and by whom, and when one that uses too
-//! much memory is renewed.
+//! How one role watches the other: detection of a hang, restart of a role that exited, restart of a role that uses too much memory.
 
 pub mod memory;
-pub mod revival;
-pub mod reviver;
+pub mod restart_delay;
+pub mod restarter;
 pub mod silence;

@@ -480,7 +480,7 @@ struct BodyReader<R> {
 impl<R: Read> Read for BodyReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let why = match self.body.read(buffer) {
-            Ok(amount) if amount == 0 || self.pace.keeps(amount as u64, Instant::now()) => return Ok(amount),
+            Ok(amount) if amount == 0 || self.pace.is_fast_enough(amount as u64, Instant::now()) => return Ok(amount),
             Ok(_) => TooSlow { window: self.window }.to_string(),
             Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>()) {
                 Some(ureq::Error::Timeout(Timeout::PerRead)) => format!("nothing came for {:?}", self.stall),

@@ -60,7 +60,7 @@ impl<In: Transport> Transport for StallTransport<In> {
         let progress = self.inner.await_input(timeout)?;
         let came = self.inner.buffers().input().len().saturating_sub(before) as u64;
         // The end of a stream is no slowness.
-        if progress && !self.pace.keeps(came, Instant::now()) {
+        if progress && !self.pace.is_fast_enough(came, Instant::now()) {
             return Err(ureq::Error::Other(Box::new(TooSlow { window: self.window })));
         }
         Ok(progress)

@@ -155,10 +155,10 @@ impl UpgradeSession {
     }
 
     /// As [`UpgradeSession::look`], for a decision: what is not of the disk is as if nothing had been observed.
-    pub fn evidence(&self, asker: Decider, programs: &mut Programs) -> Result<Evidence> {
+    pub fn evidence(&self, decider: Decider, programs: &mut Programs) -> Result<Evidence> {
         let Placement { executable, backup_whole, links, installed, stopped } = self.look(programs)?;
         Ok(Evidence {
-            asker,
+            decider,
             recorded: self.is_recorded,
             executable,
             backup_whole,

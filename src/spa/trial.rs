@@ -437,13 +437,13 @@ impl TrialMonitor {
     fn step_done(&mut self, step: UpgradeStep) {
         match step {
             UpgradeStep::Restore => self.has_restored = true,
-            UpgradeStep::Record(RecordChange::LoseTry) => {
+            UpgradeStep::Record(RecordChange::CountDeath) => {
                 self.died = false;
                 self.kill_leftovers();
             }
-            UpgradeStep::Record(RecordChange::SkipAndForget | RecordChange::Drop) => self.kill_leftovers(),
-            UpgradeStep::Record(RecordChange::LoseWatchdog) => self.took_over = false,
-            UpgradeStep::Record(RecordChange::FailProof) => self.proof = OneShot::NotStarted,
+            UpgradeStep::Record(RecordChange::FinishAndSkip | RecordChange::Drop) => self.kill_leftovers(),
+            UpgradeStep::Record(RecordChange::CountLostWatchdog) => self.took_over = false,
+            UpgradeStep::Record(RecordChange::CountFailedProof) => self.proof = OneShot::NotStarted,
             UpgradeStep::Record(RecordChange::BeginTrial) => {
                 (self.died, self.took_over) = (false, false);
                 (self.probe, self.proof) = (OneShot::NotStarted, OneShot::NotStarted);
@@ -486,7 +486,7 @@ impl TrialMonitor {
                 self.kill_manager();
                 TrialAction::Nothing
             }
-            UpgradeStep::EndWatchdog => TrialAction::Replace,
+            UpgradeStep::StopWatchdog => TrialAction::Replace,
             UpgradeStep::Probe => {
                 tracing::warn!("the new manager sent no heartbeat; checking whether the old program can");
                 let mut command = Command::new(self.home.backup_executable());

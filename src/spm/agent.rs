@@ -159,7 +159,7 @@ impl SubAgent {
     }
 
     fn skipped(&self) -> Vec<SkippedStatus> {
-        let skipped = self.state.ledger().skipped_for_good();
+        let skipped = self.state.ledger().permanently_skipped();
         skipped
             .map(|skipped| SkippedStatus { version: skipped.version.clone(), reason: skipped.reason.clone() })
             .collect()
@@ -241,7 +241,7 @@ pub(super) fn discover(
     let mut ledger = entry.unwrap_or_else(|| from_disk(&complete, current.as_deref()));
     let find =
         |version: &Version| complete.iter().map(|(_, release)| release).find(|release| release.version == *version);
-    ledger.keep_whole(|version| find(version).is_some());
+    ledger.drop_incomplete(|version| find(version).is_some());
     if let Some(running) = runs.to_resume(&ledger).and_then(find) {
         ledger.resume(running);
     }
@@ -279,7 +279,7 @@ fn from_disk(complete: &[(SystemTime, LedgerRelease)], current: Option<&str>) ->
         return LedgerEntry::default();
     };
     let backup = complete.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
-    LedgerEntry::found(Some(active.clone()), backup.cloned())
+    LedgerEntry::from_disk(Some(active.clone()), backup.cloned())
 }
 
 #[cfg(test)]
@@ -339,7 +339,7 @@ mod tests {
     #[test]
     fn the_ledger_takes_precedence_over_the_link() {
         let (_directory, home, name) = home();
-        let mut entry = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
+        let mut entry = LedgerEntry::from_disk(Some(stage::release(version("1"), None)), None);
         entry.begin_probation(stage::release(version("gone"), None));
         let found = discover(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["1"]);
@@ -348,10 +348,10 @@ mod tests {
     #[test]
     fn a_rollback_that_could_not_be_written_is_recovered_from_the_running_process() {
         let (_directory, home, name) = home();
-        let mut on_probation = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
+        let mut on_probation = LedgerEntry::from_disk(Some(stage::release(version("1"), None)), None);
         on_probation.begin_probation(stage::release(version("2"), None));
         let committed =
-            LedgerEntry::found(Some(stage::release(version("2"), None)), Some(stage::release(version("1"), None)));
+            LedgerEntry::from_disk(Some(stage::release(version("2"), None)), Some(stage::release(version("1"), None)));
         let one = version("1");
         for (ledger, runs, current) in [
             (&on_probation, RunningRelease::Nothing, "2"),
@@ -378,7 +378,7 @@ mod tests {
     fn a_directory_that_cannot_be_listed_leaves_the_ledger_unchanged() {
         let (_directory, home, name) = home();
         let entry =
-            LedgerEntry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
+            LedgerEntry::from_disk(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
         std::fs::remove_dir_all(home.agent(&name)).unwrap();
         std::fs::write(home.agent(&name), "a file in its place").unwrap();
         let found = discover(&home, &name, Some(entry.clone()), None, RunningRelease::Nothing);

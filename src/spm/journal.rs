@@ -123,7 +123,7 @@ impl Journal {
     fn limiter(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut RateLimiter {
         let mut subject = (kind.to_owned(), outcome.to_owned(), agent.cloned());
         if self.limiters.len() >= MAX_LIMITERS && !self.limiters.contains_key(&subject) {
-            self.limiters.retain(|_, limiter| !limiter.is_whole(now));
+            self.limiters.retain(|_, limiter| !limiter.is_full(now));
             if self.limiters.len() >= MAX_LIMITERS {
                 subject = RateKey::default();
             }

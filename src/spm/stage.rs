@@ -117,7 +117,7 @@ pub(super) fn release_error(error: &anyhow::Error) -> ReleaseError {
         retry_after: error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after),
         costly: false,
         withdrawn: error.is::<WithdrawnRelease>(),
-        of_host: error.chain().filter_map(|cause| cause.downcast_ref()).any(platform::is_shortage),
+        host_shortage: error.chain().filter_map(|cause| cause.downcast_ref()).any(platform::is_shortage),
     }
 }
 
@@ -285,8 +285,8 @@ mod tests {
         let reported =
             |error: io::Error| release_error(&anyhow::Error::from(error).context("cannot run it").context("again"));
         let shortage = (1..200).find(|code| platform::is_shortage(&io::Error::from_raw_os_error(*code))).unwrap();
-        assert!(reported(io::Error::from_raw_os_error(shortage)).of_host);
-        assert!(!reported(io::ErrorKind::NotFound.into()).of_host);
+        assert!(reported(io::Error::from_raw_os_error(shortage)).host_shortage);
+        assert!(!reported(io::ErrorKind::NotFound.into()).host_shortage);
     }
 
     #[tokio::test]

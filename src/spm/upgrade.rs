@@ -246,7 +246,7 @@ fn switch(job: &UpgradeJob, from: Image, to: Image, staged: &Path) -> Result<Upg
         session.change(|record| {
             record.overrule(order.as_ref().map(|order| (&order.version, order.sha256.as_ref())));
             // An operator's request overrides a skip.
-            record.allow();
+            record.clear_skips();
         })?;
     }
     match session.begin(from, to, unix_now()) {

@@ -7,8 +7,8 @@ use super::input::{Input, Inputs};
 use crate::core::role::Role;
 use crate::core::service_manager::{ServiceManagerKind, UnitStanding};
 use crate::core::status::RoleStatus;
-use crate::core::watch::memory::{self, Memory};
-use crate::core::watch::reviver::{RevivalAction, RevivalPolicy, Reviver, RoleObservation};
+use crate::core::watch::memory::{self, MemoryCheck};
+use crate::core::watch::restarter::{Restarter, RestarterAction, RestarterPolicy, RoleObservation};
 use crate::home::Home;
 use crate::{host_service, platform, role};
 
@@ -18,22 +18,23 @@ pub(super) struct WatchdogLink {
     service: ServiceManagerKind,
     /// Pid of the connected watchdog.
     pid: Option<u32>,
-    reviver: Reviver,
+    restarter: Restarter,
     children: Vec<Child>,
-    memory: Memory,
+    memory: MemoryCheck,
     /// An operator stopped the watchdog's own unit; it is not restarted.
     pub(super) stopped_by_operator: bool,
 }
 
 impl WatchdogLink {
     pub(super) fn new(home: &Home, service: ServiceManagerKind, now: Instant) -> WatchdogLink {
-        let reviver = Reviver::new(RevivalPolicy::MANAGER, service.is_some(), role::is_held(home, Role::Spa), now);
+        let restarter =
+            Restarter::new(RestarterPolicy::MANAGER, service.is_some(), role::is_held(home, Role::Spa), now);
         WatchdogLink {
             service,
             pid: None,
-            reviver,
+            restarter,
             children: vec![],
-            memory: Memory::default(),
+            memory: MemoryCheck::default(),
             stopped_by_operator: false,
         }
     }
@@ -41,19 +42,19 @@ impl WatchdogLink {
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
         tracing::info!(pid, "the watchdog connected");
         self.pid = Some(pid);
-        self.reviver.connected(now);
-        self.reviver.heard(now);
+        self.restarter.connected(now);
+        self.restarter.received(now);
         self.stopped_by_operator = false;
     }
 
     pub(super) fn ping(&mut self, now: Instant) {
-        self.reviver.heard(now);
+        self.restarter.received(now);
     }
 
     /// Ends a watchdog that uses too much memory for too long; it is restarted like one that died. Returns the reason.
     pub(super) fn check_memory(&mut self, home: &Home, limit: u64, now: Instant) -> Option<String> {
         let used = platform::memory_bytes(self.pid?)?;
-        if !self.memory.look(used, limit, now) {
+        if !self.memory.record(used, limit, now) {
             return None;
         }
         let why = memory::excess("the watchdog", used, limit, "spaMaxMem")?;
@@ -68,7 +69,7 @@ impl WatchdogLink {
         if self.pid == Some(pid) {
             tracing::warn!(pid, "the watchdog disconnected");
             self.pid = None;
-            self.reviver.lost(now);
+            self.restarter.lost(now);
         }
     }
 
@@ -83,14 +84,14 @@ impl WatchdogLink {
 
     /// When [`WatchdogLink::tick`] must be called next.
     pub(super) fn deadline(&self) -> Instant {
-        self.reviver.deadline()
+        self.restarter.deadline()
     }
 
     /// Restarts a dead watchdog and kills a hung one, when due.
     pub(super) fn tick(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        let action = self.reviver.look(self.seen(home), now);
-        if action == Some(RevivalAction::AskUnit) {
+        let action = self.restarter.poll(self.seen(home), now);
+        if action == Some(RestarterAction::QueryUnit) {
             return query_unit(self.service, home, inputs);
         }
         self.carry_out(home, action);
@@ -104,7 +105,7 @@ impl WatchdogLink {
                 "cannot query the service manager for the state of the watchdog's unit"
             );
         });
-        let action = self.reviver.answered(answer.ok(), self.seen(home), now);
+        let action = self.restarter.unit_answered(answer.ok(), self.seen(home), now);
         self.carry_out(home, action);
     }
 
@@ -113,9 +114,9 @@ impl WatchdogLink {
         RoleObservation { taken: !self.is_connected() && role::is_held(home, Role::Spa), stop_recorded: false }
     }
 
-    fn carry_out(&mut self, home: &Home, action: Option<RevivalAction>) {
+    fn carry_out(&mut self, home: &Home, action: Option<RestarterAction>) {
         match action {
-            Some(RevivalAction::StartUnit) => {
+            Some(RestarterAction::StartUnit) => {
                 tracing::warn!("the watchdog is dead; its unit is started");
                 let (service, home) = (self.service, home.clone());
                 tokio::task::spawn_blocking(move || {
@@ -124,7 +125,7 @@ impl WatchdogLink {
                     }
                 });
             }
-            Some(RevivalAction::Start { failures }) => {
+            Some(RestarterAction::Start { failures }) => {
                 tracing::warn!(failures, "the watchdog is not running and is started");
                 match role::spawn(home, Role::Spa) {
                     Ok(child) => self.children.push(child),
@@ -133,10 +134,10 @@ impl WatchdogLink {
                     }
                 }
             }
-            Some(RevivalAction::KillHung) => kill_hung(home),
-            Some(RevivalAction::LeaveStopped) => self.stopped_by_operator = true,
+            Some(RestarterAction::KillHung) => kill_hung(home),
+            Some(RestarterAction::LeaveStopped) => self.stopped_by_operator = true,
             // `AskUnit` is handled by [`WatchdogLink::tick`]; `HonourStop` belongs to the watchdog's policy.
-            Some(RevivalAction::AskUnit | RevivalAction::HonourStop) | None => {}
+            Some(RestarterAction::QueryUnit | RestarterAction::FollowStop) | None => {}
         }
     }
 

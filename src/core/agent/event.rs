@@ -1,4 +1,4 @@
-//! What a sub-agent's state hears, and what it asks for.
+//! The events that a sub-agent's state machine handles and the actions that it returns.
 
 use std::time::{Duration, Instant};
 
@@ -8,11 +8,11 @@ use crate::core::order::{Order, Package, Run, Spec};
 use crate::core::program::Program;
 use crate::core::supervise::CheckResult;
 
-/// When something happens. `jitter` is from 0 to 1.
+/// When an event happens. `jitter` is from 0 to 1.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
     pub now: Instant,
-    /// For what must be compared after a restart of the manager.
+    /// For times that are compared after a restart of the manager.
     pub unix_seconds: u64,
     pub jitter: f64,
 }
@@ -21,16 +21,16 @@ pub struct Moment {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReleaseError {
     pub why: String,
-    /// It was looked at and not trusted, as opposed to not available.
+    /// The release was rejected, as opposed to unavailable.
     pub refused: bool,
-    /// Its source asks for this pause.
+    /// The pause that its source requests.
     pub retry_after: Option<Duration>,
-    /// It was downloaded before it was refused, and would be again.
+    /// It was downloaded before it was rejected, so another try repeats the download.
     pub costly: bool,
-    /// It was accepted when it was staged, and is not any more: it is to be fetched anew.
+    /// It was accepted when it was staged and is rejected now: it must be fetched again.
     pub withdrawn: bool,
-    /// The host, or the manager itself, has too few descriptors, processes or too little memory.
-    pub of_host: bool,
+    /// The host or the manager is short of descriptors, processes or memory.
+    pub host_shortage: bool,
 }
 
 impl ReleaseError {
@@ -41,74 +41,74 @@ impl ReleaseError {
             retry_after: None,
             costly: false,
             withdrawn: false,
-            of_host: false,
+            host_shortage: false,
         }
     }
 
-    /// Whether it says something about the release, and not about the home or the host.
-    pub fn is_of_release(&self) -> bool {
-        !self.refused && !self.of_host
+    /// Whether the release is at fault, and not the home or the host.
+    pub fn is_release_fault(&self) -> bool {
+        !self.refused && !self.host_shortage
     }
 
-    /// As an event has it.
+    /// The outcome in the event.
     pub fn outcome(&self) -> &'static str {
         if self.refused { "refused" } else { "failed" }
     }
 }
 
-/// A release that lies on disk and may be run, and how.
+/// A release that is on disk and allowed to run, and how it is run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ready {
     pub release: LedgerRelease,
     pub program: Program,
 }
 
-/// What happened.
+/// An event.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AgentEvent {
-    /// The plan wants this release on disk.
+    /// The plan requires this release on disk.
     Stage(Package),
-    /// The plan wants this release, which lies on disk, to be the active one.
+    /// The plan requires this release, which is on disk, to be active.
     Activate(Order),
-    /// The plan wants it run so. `runs_so`: its process was started with just this; `sound`: whether it could be started again.
+    /// The plan requires this spec. `runs_so`: its process was started with exactly this spec. `sound`: whether a start with it would succeed.
     Configure {
         spec: Spec,
         runs_so: bool,
         sound: Result<(), ReleaseError>,
     },
-    /// The plan wants it to run, or not.
+    /// The plan requires it to run or to be stopped.
     Set(Run),
-    /// The plan wants it gone.
+    /// The plan requires its removal.
     Uninstall,
-    /// The plan does not want this release on disk.
+    /// The plan does not need this release on disk.
     Discard(Version),
-    /// Another desired state is in force; `None`: it does not name this sub-agent.
-    Ordered(Option<Order>),
-    /// An operator wants the release before the current one, against this order.
-    Return {
+    /// Another desired state is in force. `None`: it does not include this sub-agent.
+    OrderChanged(Option<Order>),
+    /// An operator requests the previous release, against this order.
+    RollBack {
         overruled: Option<Order>,
     },
-    /// An operator wants it tried again, whatever was skipped or held back.
+    /// An operator requests another try of every release that is skipped or held.
     Retry,
-    /// Its home is being stopped.
-    HomeStops,
-    /// An operator wants it restarted.
+    /// The home is being stopped.
+    HomeStopping,
+    /// An operator requests a restart.
     Restart,
 
-    /// `id`: of [`AgentAction::Stage`], each of which is answered, also a cancelled one.
+    /// `id`: of [`AgentAction::Stage`]. Each staging is answered, including cancelled ones.
     Staged {
         id: u64,
         version: Version,
         result: Result<Ready, ReleaseError>,
     },
-    /// The release that lies on disk, and how it is run where that was asked for.
+    /// The release on disk, and how it is run if that was requested.
     Admitted(Result<(LedgerRelease, Option<Program>), ReleaseError>),
-    /// What the ledger says of it is durable, or cannot be made so.
+    /// The ledger is durable, or cannot be written.
     Recorded(Result<(), String>),
     Switched(Result<(), String>),
     /// The files of a release were removed, or could not be.
     Discarded(Version),
-    /// How a release is run, read anew.
+    /// How a release is run, read again.
     Inspected {
         version: Version,
         result: Result<Program, String>,
@@ -119,73 +119,73 @@ pub enum AgentEvent {
         version: Version,
         runs_so: bool,
     },
-    NotLaunched(ReleaseError),
-    /// Its process ended by itself.
+    LaunchFailed(ReleaseError),
+    /// Its process exited without a request to stop.
     Exited {
         success: Option<bool>,
         how: String,
     },
-    /// Another process took the place of the one that was watched.
-    Moved {
+    /// The supervised process was replaced by another.
+    ProcessReplaced {
         pid: u32,
     },
-    /// The stop that was asked for came to its end.
+    /// The requested stop is complete.
     Stopped(Result<(), String>),
     Checked(CheckResult),
     Tick,
 }
 
-/// What to do.
+/// An action for the manager.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AgentAction {
-    /// To be answered with [`AgentEvent::Staged`].
+    /// Stage a release; answered with [`AgentEvent::Staged`].
     Stage {
         id: u64,
         package: Package,
     },
-    /// The release that is being staged is not wanted any more.
+    /// The release that is being staged is not needed any more.
     CancelStaging,
-    /// To look whether a release that lies on disk may be run; [`AgentEvent::Admitted`]. `inspect`: how it is run is not known either.
+    /// Verify that a release on disk may run; answered with [`AgentEvent::Admitted`]. `inspect`: also read how it is run.
     Admit {
         version: Version,
         inspect: bool,
     },
-    /// To write the ledger; `wait`: [`AgentEvent::Recorded`] is waited for.
+    /// Write the ledger. `wait`: answered with [`AgentEvent::Recorded`].
     Record {
         wait: bool,
     },
-    /// A release was committed: its epoch counts from now on.
+    /// A release was committed: releases with a lower epoch are rejected from now on.
     RaiseEpoch(LedgerRelease),
-    /// To make the link `current` name this version; [`AgentEvent::Switched`].
+    /// Point the link `current` at this version; answered with [`AgentEvent::Switched`].
     Switch(Version),
-    /// To remove all of its files.
+    /// Remove all files of the sub-agent.
     Remove,
-    /// To remove a release's files; [`AgentEvent::Discarded`].
+    /// Remove the files of a release; answered with [`AgentEvent::Discarded`].
     Discard(Version),
-    /// To read how a release is run; [`AgentEvent::Inspected`].
+    /// Read how a release is run; answered with [`AgentEvent::Inspected`].
     Inspect(Version),
     Start,
     Stop,
     Check,
-    /// The answer to a check that is under way would say nothing.
+    /// The result of the check that is under way does not matter any more.
     CancelCheck,
     Note(JournalNote),
 }
 
-/// Something for the journal.
+/// An entry for the journal.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JournalNote {
     pub kind: &'static str,
     pub outcome: &'static str,
     pub version: Option<Version>,
     pub message: String,
-    /// It may recur, so the journal limits its rate.
+    /// The entry can recur, so the journal limits its rate.
     pub repeats: bool,
-    /// The change of release whose outcome it is; it belongs into the history.
+    /// The change of release whose outcome this is; it goes into the history.
     pub change: Option<ReleaseChange>,
 }
 
-/// From which release to which, and how long that took.
+/// A change from one release to another, and how long it took.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ReleaseChange {
     pub from: Option<Version>,

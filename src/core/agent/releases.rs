@@ -1,4 +1,4 @@
-//! What becomes of a sub-agent's releases: staged, admitted, recorded, switched to, committed; held where that fails.
+//! The life of a sub-agent's releases: staged, admitted, recorded, switched to, committed; held when a step fails.
 
 use std::time::Duration;
 
@@ -13,28 +13,29 @@ use crate::core::program::Program;
 use crate::core::schedule::Backoff;
 use crate::core::supervise;
 
-/// Between two tries at a release that cannot be had.
+/// Between two tries at a release that cannot be fetched or activated.
 const RETRY: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
-/// Between two downloads of one that is refused each time: a whole fleet may be ordered to have it, over links that others need.
+/// Between two downloads of a release that is rejected each time. A whole fleet may download it over a shared link.
 const COSTLY_RETRY: Backoff = Backoff { cap: Duration::from_secs(6 * 3600), ..RETRY };
 
 impl Agent {
     pub(super) fn stage(&mut self, package: Package, at: Moment) -> Vec<AgentAction> {
         let failures = self.failures_of(&package.version);
         if let Some(skipped) = self.ledger.skipped(&package.version, package.sha256.as_ref()) {
-            // The clock may have been set back since.
+            // The clock may have been set back.
             let left = skipped.until.map(|until| Duration::from_secs(until.saturating_sub(at.unix_seconds)));
             let left = left.unwrap_or(COSTLY_RETRY.cap).min(COSTLY_RETRY.cap);
             if !left.is_zero() {
                 self.error = Some(skipped.reason.clone());
-                self.work = Activity::Held(HeldRelease { version: package.version, failures, until: at.now + left });
+                self.activity =
+                    Activity::Held(HeldRelease { version: package.version, failures, until: at.now + left });
                 return vec![];
             }
         }
         self.last_id += 1;
         let id = self.last_id;
-        self.unanswered.insert(id);
-        self.work = Activity::Staging { id, version: package.version.clone(), failures };
+        self.pending_stagings.insert(id);
+        self.activity = Activity::Staging { id, version: package.version.clone(), failures };
         vec![AgentAction::Stage { id, package }]
     }
 
@@ -45,18 +46,18 @@ impl Agent {
         result: Result<Ready, ReleaseError>,
         at: Moment,
     ) -> Vec<AgentAction> {
-        let is_wanted =
-            matches!(self.work, Activity::Staging { id: wanted, .. } if wanted == id) || !holds(Guard::StagedIsWanted);
+        let is_wanted = matches!(self.activity, Activity::Staging { id: wanted, .. } if wanted == id)
+            || !holds(Guard::CurrentStagingOnly);
         match result {
             Ok(ready) => {
                 self.releases.insert(version.clone());
                 if !is_wanted {
-                    // The next plan discards it, or has use for it.
+                    // The next plan uses or discards it.
                     return vec![];
                 }
                 self.error = None;
                 self.ledger.stage(ready.release.clone());
-                self.work = Activity::Staged(Box::new(ready));
+                self.activity = Activity::Staged(Box::new(ready));
                 let message = format!("{} {version} is staged", self.name);
                 vec![
                     AgentAction::Record { wait: false },
@@ -73,7 +74,7 @@ impl Agent {
         let version = order.package.version.clone();
         self.order = Some(order.clone());
         let failures = self.failures_of(&version);
-        let program = match std::mem::replace(&mut self.work, Activity::Idle) {
+        let program = match std::mem::replace(&mut self.activity, Activity::Idle) {
             Activity::Staged(ready) if ready.release.version == version => Some(ready.program),
             Activity::Staging { .. } => {
                 actions.push(AgentAction::CancelStaging);
@@ -82,7 +83,7 @@ impl Agent {
             _ => None,
         };
         actions.push(AgentAction::Admit { version, inspect: program.is_none() });
-        self.work = Activity::Admitting { order: Box::new(order), program, failures };
+        self.activity = Activity::Admitting { order: Box::new(order), program, failures };
         actions
     }
 
@@ -91,31 +92,31 @@ impl Agent {
         result: Result<(LedgerRelease, Option<Program>), ReleaseError>,
         at: Moment,
     ) -> Vec<AgentAction> {
-        let Activity::Admitting { order, program, failures } = &mut self.work else { return vec![] };
+        let Activity::Admitting { order, program, failures } = &mut self.activity else { return vec![] };
         let (order, program, failures) = ((**order).clone(), program.take(), *failures);
         let (release, inspected) = match result {
             Ok(admitted) => admitted,
             Err(refusal) => return self.refuse_activation(order.package.version, refusal, at),
         };
         let Some(program) = inspected.or(program) else {
-            let why = format!("cannot activate {} {}: it is not known how it is run", self.name, release.version);
+            let why = format!("cannot activate {} {}: its manifest was not read", self.name, release.version);
             return self.refuse_activation(release.version, ReleaseError::failed(why), at);
         };
         let ready = Ready { release, program };
-        self.work = Activity::Recording(Box::new(Activation { order, ready, failures, began: at.now }));
+        self.activity = Activity::Recording(Box::new(Activation { order, ready, failures, began: at.now }));
         vec![AgentAction::Record { wait: true }]
     }
 
     pub(super) fn recorded(&mut self, result: Result<(), String>, at: Moment) -> Vec<AgentAction> {
-        let activation = match std::mem::replace(&mut self.work, Activity::Idle) {
+        let activation = match std::mem::replace(&mut self.activity, Activity::Idle) {
             Activity::Recording(activation) => activation,
-            Activity::Returning(back) => {
-                self.work = Activity::Returning(back);
-                self.return_is_recorded();
-                return self.go_on_if_down();
+            Activity::RollingBack(back) => {
+                self.activity = Activity::RollingBack(back);
+                self.rollback_is_recorded();
+                return self.continue_if_down();
             }
             other => {
-                self.work = other;
+                self.activity = other;
                 return vec![];
             }
         };
@@ -123,50 +124,50 @@ impl Agent {
             && holds(Guard::RecordBeforeStop)
         {
             let version = activation.ready.release.version.clone();
-            self.work = Activity::Recording(activation);
+            self.activity = Activity::Recording(activation);
             let why = format!("cannot activate {} {version}: {why}", self.name);
             let mut actions = self.refuse_activation(version, ReleaseError::failed(why), at);
-            // A write that has failed may have come far, and a later one may have held it.
+            // The failed write may have reached the disk in part, or a later write may have included the entry.
             actions.push(AgentAction::Record { wait: false });
             return actions;
         }
-        self.work = Activity::Stopping(activation);
-        let mut actions = self.feed(supervise::SupervisorEvent::Rest, at);
-        actions.extend(self.go_on_if_down());
+        self.activity = Activity::Stopping(activation);
+        let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Stop, at);
+        actions.extend(self.continue_if_down());
         actions
     }
 
-    /// Goes on with what waited for its processes to end.
-    pub(super) fn go_on_if_down(&mut self) -> Vec<AgentAction> {
+    /// Continues an operation that waited for the processes to exit.
+    pub(super) fn continue_if_down(&mut self) -> Vec<AgentAction> {
         if !self.supervisor.is_down() && holds(Guard::DownBeforeSwitch) {
             return vec![];
         }
-        match std::mem::replace(&mut self.work, Activity::Idle) {
+        match std::mem::replace(&mut self.activity, Activity::Idle) {
             Activity::Stopping(activation) => {
                 let (release, before) = (activation.ready.release.clone(), Box::new(self.ledger.clone()));
                 put_into_use(&mut self.ledger, release.clone());
-                self.seen = ProbationProgress::began(activation.began);
-                self.work = Activity::Switching { activation, before };
+                self.progress = ProbationProgress::began(activation.began);
+                self.activity = Activity::Switching { activation, before };
                 vec![AgentAction::Switch(release.version)]
             }
-            Activity::Returning(back) => self.switch_back(back),
-            Activity::Uninstalling if self.leaving.is_empty() && self.unanswered.is_empty() => {
-                self.work = Activity::Removing;
+            Activity::RollingBack(back) => self.switch_back(back),
+            Activity::Uninstalling if self.removing.is_empty() && self.pending_stagings.is_empty() => {
+                self.activity = Activity::Removing;
                 vec![AgentAction::Remove]
             }
             other => {
-                self.work = other;
+                self.activity = other;
                 vec![]
             }
         }
     }
 
     pub(super) fn switched(&mut self, result: Result<(), String>, at: Moment) -> Vec<AgentAction> {
-        let (activation, before) = match std::mem::replace(&mut self.work, Activity::Idle) {
+        let (activation, before) = match std::mem::replace(&mut self.activity, Activity::Idle) {
             Activity::Switching { activation, before } => (*activation, *before),
             Activity::SwitchingBack(back) => return self.switched_back(back, result, at),
             other => {
-                self.work = other;
+                self.activity = other;
                 return vec![];
             }
         };
@@ -185,7 +186,7 @@ impl Agent {
                 }
             }
             Err(why) => {
-                self.work = Activity::Held(HeldRelease { version: version.clone(), failures, until: at.now });
+                self.activity = Activity::Held(HeldRelease { version: version.clone(), failures, until: at.now });
                 self.ledger = before;
                 actions.push(AgentAction::Record { wait: false });
                 actions.extend(self.refuse_activation(version, ReleaseError::failed(why), at));
@@ -193,14 +194,15 @@ impl Agent {
         }
         self.run = order.run;
         self.spec = Some(order.spec);
-        // A stop of the home may have come while the old release was being ended.
+        // The home may have been stopped while the old release was stopped.
         if self.run == Run::Start && !self.home_stops && self.ledger.current().is_some() {
-            actions.extend(self.feed(supervise::SupervisorEvent::Run, at));
+            actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Run, at));
         }
         actions
     }
 
-    /// What is active stays so. A release that was withdrawn goes, so that it is fetched as it is published now.
+    /// Holds a release that could not be activated; the active one stays. The files of a withdrawn release are removed, so that it is fetched
+    /// again as it is published now.
     pub(super) fn refuse_activation(
         &mut self,
         version: Version,
@@ -209,7 +211,7 @@ impl Agent {
     ) -> Vec<AgentAction> {
         let withdrawn = refusal.withdrawn;
         let mut actions = self.hold(version.clone(), "activate", refusal, at);
-        // One whose program runs all the same (what is active could not be told) keeps its files.
+        // If its program runs although it is not active (the active release was unknown), its files are kept.
         if withdrawn && self.running.as_ref() != Some(&version) {
             actions.extend(self.discard(version));
         }
@@ -220,23 +222,23 @@ impl Agent {
         let mut actions = vec![];
         self.releases.remove(&version);
         let before = self.ledger.clone();
-        self.ledger.keep_whole(|whole| *whole != version);
+        self.ledger.drop_incomplete(|whole| *whole != version);
         if self.ledger != before {
             actions.push(AgentAction::Record { wait: false });
         }
-        self.leaving.insert(version.clone());
+        self.removing.insert(version.clone());
         actions.push(AgentAction::Discard(version));
         actions
     }
 
-    /// A new desired state may have at once what an older one could not; what failed on probation only by another order.
-    pub(super) fn ordered(&mut self, order: Option<Order>) -> Vec<AgentAction> {
+    /// Handles a new desired state. A held release is tried again at once; a skip after a failed probation ends only with a different order.
+    pub(super) fn order_changed(&mut self, order: Option<Order>) -> Vec<AgentAction> {
         let mut actions = vec![];
-        if self.ledger.ordered(order.as_ref().map(Order::asks_for)) {
+        if self.ledger.order_changed(order.as_ref().map(Order::asks_for)) {
             actions.push(AgentAction::Record { wait: false });
         }
-        match &self.work {
-            Activity::Held(_) => self.work = Activity::Idle,
+        match &self.activity {
+            Activity::Held(_) => self.activity = Activity::Idle,
             Activity::Staging { version: staged, .. }
                 if order.as_ref().map(|order| &order.package.version) != Some(staged) =>
             {
@@ -249,14 +251,14 @@ impl Agent {
     }
 
     pub(super) fn cancel_staging(&mut self) -> Vec<AgentAction> {
-        if !matches!(self.work, Activity::Staging { .. }) {
+        if !matches!(self.activity, Activity::Staging { .. }) {
             return vec![];
         }
-        self.work = Activity::Idle;
+        self.activity = Activity::Idle;
         vec![AgentAction::CancelStaging]
     }
 
-    /// Leaves a release until it is tried again, and notes why, once.
+    /// Holds a release until it is tried again. Writes an event unless the error is the same as before.
     pub(super) fn hold(
         &mut self,
         version: Version,
@@ -273,7 +275,7 @@ impl Agent {
         let backoff = if refusal.costly { COSTLY_RETRY } else { RETRY };
         let delay = backoff.delay(failures, at.jitter).max(refusal.retry_after.unwrap_or_default());
         if refusal.costly {
-            // A manager that starts anew must not download it at once.
+            // So that a restarted manager does not download it at once.
             self.ledger.skip(SkippedRelease {
                 version: version.clone(),
                 sha256: None,
@@ -286,16 +288,16 @@ impl Agent {
             actions.push(AgentAction::Record { wait: false });
         }
         self.error = Some(refusal.why);
-        self.work = Activity::Held(HeldRelease { version, failures, until: at.now + delay });
+        self.activity = Activity::Held(HeldRelease { version, failures, until: at.now + delay });
         if !holds(Guard::HoldFailed) {
-            self.work = Activity::Idle;
+            self.activity = Activity::Idle;
         }
         actions
     }
 
-    /// Times in a row that a release could not be had or activated.
+    /// Failures in a row to fetch or activate this release.
     pub(super) fn failures_of(&self, of: &Version) -> u32 {
-        match &self.work {
+        match &self.activity {
             Activity::Held(HeldRelease { version, failures, .. }) | Activity::Staging { version, failures, .. }
                 if version == of =>
             {
@@ -308,7 +310,7 @@ impl Agent {
     }
 }
 
-/// A release takes the place of the current one: where there is something to go back to, on probation.
+/// Makes a release the current one: on probation if there is a previous release, else active.
 pub(super) fn put_into_use(ledger: &mut LedgerEntry, release: LedgerRelease) {
     if ledger.current().is_none() {
         ledger.activate(release);

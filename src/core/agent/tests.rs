@@ -1,4 +1,4 @@
-//! Tables of what follows from what, and properties that hold whatever happens, in whatever order.
+//! Tables of events and the actions that follow, and properties that hold for any sequence of events.
 
 use proptest::prelude::*;
 
@@ -72,77 +72,77 @@ fn inspected(result: Result<Program, String>) -> AgentEvent {
     AgentEvent::Inspected { version: version("1"), result }
 }
 
-/// A sub-agent, what it asked for, and the time.
+/// A sub-agent under test, the actions that it returned, and the time.
 struct Bench {
     agent: Agent,
     now: Instant,
-    asked: Vec<AgentAction>,
+    actions: Vec<AgentAction>,
 }
 
 impl Bench {
     fn new() -> Bench {
-        Bench { agent: Agent::new("a".parse().unwrap()), now: Instant::now(), asked: vec![] }
+        Bench { agent: Agent::new("a".parse().unwrap()), now: Instant::now(), actions: vec![] }
     }
 
-    /// One whose release 1 is active and runs.
+    /// Release 1 is active and runs.
     fn running() -> Bench {
         let mut bench = Bench::new();
         bench.install("1");
-        bench.tell(AgentEvent::Launched { pid: 10, version: version("1"), runs_so: true });
+        bench.send(AgentEvent::Launched { pid: 10, version: version("1"), runs_so: true });
         assert_eq!(bench.agent.state(), AgentState::Running);
-        bench.asked.clear();
+        bench.actions.clear();
         bench
     }
 
-    /// One whose release 1 runs no more, and whose next one is about to be started for the first time.
-    fn on_the_way_to(text: &str) -> Bench {
+    /// Release 1 is stopped, and the given release is about to be started for the first time.
+    fn about_to_start(text: &str) -> Bench {
         let mut bench = Bench::running();
         bench.install_over(text);
-        bench.asked.clear();
+        bench.actions.clear();
         bench
     }
 
     fn install_over(&mut self, text: &str) {
         self.stage(text);
-        self.tell(AgentEvent::Activate(order(text)));
-        self.tell(AgentEvent::Admitted(Ok((release(text), None))));
-        self.tell(AgentEvent::Recorded(Ok(())));
-        self.tell(AgentEvent::Stopped(Ok(())));
-        self.tell(AgentEvent::Switched(Ok(())));
+        self.send(AgentEvent::Activate(order(text)));
+        self.send(AgentEvent::Admitted(Ok((release(text), None))));
+        self.send(AgentEvent::Recorded(Ok(())));
+        self.send(AgentEvent::Stopped(Ok(())));
+        self.send(AgentEvent::Switched(Ok(())));
     }
 
     fn launched(&mut self, pid: u32, text: &str) -> &mut Bench {
-        self.tell(AgentEvent::Launched { pid, version: version(text), runs_so: true })
+        self.send(AgentEvent::Launched { pid, version: version(text), runs_so: true })
     }
 
-    fn tell(&mut self, event: AgentEvent) -> &mut Bench {
-        self.asked.extend(self.agent.step(event, at(self.now)));
+    fn send(&mut self, event: AgentEvent) -> &mut Bench {
+        self.actions.extend(self.agent.step(event, at(self.now)));
         self
     }
 
-    /// All that leads to the start of a release, while nothing runs.
+    /// The events that lead to the start of a release while nothing runs.
     fn install(&mut self, text: &str) {
         self.stage(text);
-        self.tell(AgentEvent::Activate(order(text)));
-        self.tell(AgentEvent::Admitted(Ok((release(text), None))));
-        self.tell(AgentEvent::Recorded(Ok(())));
-        self.tell(AgentEvent::Switched(Ok(())));
+        self.send(AgentEvent::Activate(order(text)));
+        self.send(AgentEvent::Admitted(Ok((release(text), None))));
+        self.send(AgentEvent::Recorded(Ok(())));
+        self.send(AgentEvent::Switched(Ok(())));
     }
 
     fn stage(&mut self, text: &str) {
-        self.tell(AgentEvent::Stage(Package::new(version(text))));
+        self.send(AgentEvent::Stage(Package::new(version(text))));
         self.answer(text, Ok(ready(text)));
     }
 
-    /// The answer to the staging that was asked for last.
+    /// Answers the last staging.
     fn answer(&mut self, text: &str, result: Result<Ready, ReleaseError>) {
         let id = self.agent.last_id;
-        self.tell(AgentEvent::Staged { id, version: version(text), result });
+        self.send(AgentEvent::Staged { id, version: version(text), result });
     }
 
-    /// What was asked since the last look, without notes.
-    fn asked(&mut self) -> Vec<AgentAction> {
-        std::mem::take(&mut self.asked)
+    /// The actions since the last call, without notes.
+    fn take_actions(&mut self) -> Vec<AgentAction> {
+        std::mem::take(&mut self.actions)
             .into_iter()
             .filter(|action| !matches!(action, AgentAction::Note(_) | AgentAction::CancelCheck))
             .collect()
@@ -153,76 +153,76 @@ impl Bench {
             AgentAction::Note(note) => Some((note.kind, note.outcome)),
             _ => None,
         };
-        self.asked.iter().filter_map(note).collect()
+        self.actions.iter().filter_map(note).collect()
     }
 }
 
 #[test]
-fn a_first_release_is_staged_recorded_and_started_and_its_epoch_counts() {
+fn a_first_release_is_staged_recorded_and_started_and_raises_the_epoch() {
     let mut bench = Bench::new();
-    bench.tell(AgentEvent::Stage(Package::new(version("1"))));
+    bench.send(AgentEvent::Stage(Package::new(version("1"))));
     assert_eq!(bench.agent.state(), AgentState::Updating);
-    assert_eq!(bench.asked(), [AgentAction::Stage { id: 1, package: Package::new(version("1")) }]);
+    assert_eq!(bench.take_actions(), [AgentAction::Stage { id: 1, package: Package::new(version("1")) }]);
     bench.answer("1", Ok(ready("1")));
     assert_eq!(bench.notes(), [("stage", "ok")]);
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }]);
-    bench.tell(AgentEvent::Activate(order("1")));
-    assert_eq!(bench.asked(), [AgentAction::Admit { version: version("1"), inspect: false }]);
-    bench.tell(AgentEvent::Admitted(Ok((release("1"), None))));
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: true }]);
-    bench.tell(AgentEvent::Recorded(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))]);
-    bench.tell(AgentEvent::Switched(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::RaiseEpoch(release("1")), AgentAction::Start]);
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: false }]);
+    bench.send(AgentEvent::Activate(order("1")));
+    assert_eq!(bench.take_actions(), [AgentAction::Admit { version: version("1"), inspect: false }]);
+    bench.send(AgentEvent::Admitted(Ok((release("1"), None))));
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: true }]);
+    bench.send(AgentEvent::Recorded(Ok(())));
+    assert_eq!(bench.take_actions(), [AgentAction::Switch(version("1"))]);
+    bench.send(AgentEvent::Switched(Ok(())));
+    assert_eq!(bench.take_actions(), [AgentAction::RaiseEpoch(release("1")), AgentAction::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")));
 }
 
 #[test]
-fn what_runs_is_stopped_only_when_the_new_release_is_admitted_and_recorded() {
+fn the_running_release_is_stopped_only_after_the_new_one_is_admitted_and_recorded() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(AgentEvent::Activate(order("2")));
-    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
-    assert!(!bench.asked().contains(&AgentAction::Stop));
+    bench.send(AgentEvent::Activate(order("2")));
+    bench.send(AgentEvent::Admitted(Ok((release("2"), None))));
+    assert!(!bench.take_actions().contains(&AgentAction::Stop));
     assert_eq!(bench.agent.to_record().probation(), Some(&release("2")));
-    bench.tell(AgentEvent::Recorded(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Stop]);
-    bench.tell(AgentEvent::Stopped(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Switch(version("2"))]);
-    bench.tell(AgentEvent::Switched(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Start]);
+    bench.send(AgentEvent::Recorded(Ok(())));
+    assert_eq!(bench.take_actions(), [AgentAction::Stop]);
+    bench.send(AgentEvent::Stopped(Ok(())));
+    assert_eq!(bench.take_actions(), [AgentAction::Switch(version("2"))]);
+    bench.send(AgentEvent::Switched(Ok(())));
+    assert_eq!(bench.take_actions(), [AgentAction::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")), "not committed before it has started");
     bench.launched(11, "2");
-    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Updating), "it is on probation");
+    assert_eq!((bench.take_actions(), bench.agent.state()), (vec![], AgentState::Updating), "on probation");
     bench.now += S(9);
-    bench.tell(AgentEvent::Tick);
-    assert_eq!(bench.asked(), []);
+    bench.send(AgentEvent::Tick);
+    assert_eq!(bench.take_actions(), []);
     bench.now = bench.agent.deadline(bench.now).unwrap();
-    bench.tell(AgentEvent::Tick);
+    bench.send(AgentEvent::Tick);
     assert_eq!(bench.notes(), [("upgrade", "ok")]);
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }, AgentAction::RaiseEpoch(release("2"))]);
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: false }, AgentAction::RaiseEpoch(release("2"))]);
     assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
     assert_eq!(bench.agent.state(), AgentState::Running);
 }
 
-/// What happens to a sub-agent.
+/// An event of the table.
 type Fail = fn(&mut Bench);
 
 #[test]
-fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and_later() {
+fn a_failed_step_keeps_the_running_release_and_is_retried_with_back_off() {
     let ways: [(&str, Fail); 3] = [
         ("stage", |bench| {
-            bench.tell(AgentEvent::Stage(Package::new(version("2"))));
+            bench.send(AgentEvent::Stage(Package::new(version("2"))));
             bench.answer("2", Err(refusal("no route")));
         }),
         ("activate", |bench| {
-            bench.tell(AgentEvent::Activate(order("2")));
-            bench.tell(AgentEvent::Admitted(Err(refusal("the home is open to others"))));
+            bench.send(AgentEvent::Activate(order("2")));
+            bench.send(AgentEvent::Admitted(Err(refusal("the home can be changed by others"))));
         }),
         ("activate", |bench| {
-            bench.tell(AgentEvent::Activate(order("2")));
-            bench.tell(AgentEvent::Admitted(Ok((release("2"), Some(Program::Script)))));
-            bench.tell(AgentEvent::Recorded(Err("no space left".into())));
+            bench.send(AgentEvent::Activate(order("2")));
+            bench.send(AgentEvent::Admitted(Ok((release("2"), Some(Program::Script)))));
+            bench.send(AgentEvent::Recorded(Err("no space left".into())));
         }),
     ];
     for (kind, fail) in ways {
@@ -237,59 +237,59 @@ fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and
             assert!(bench.agent.hold_is_over(bench.now) && bench.agent.actual(None, bench.now).held_back.is_none());
         }
         assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 300, 300], "{kind}");
-        assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "the same is noted once");
-        assert!(!bench.asked().contains(&AgentAction::Stop));
+        assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "a repeated error is reported once");
+        assert!(!bench.take_actions().contains(&AgentAction::Stop));
         assert_eq!((bench.agent.state(), bench.agent.current()), (AgentState::Running, Some(&version("1"))));
-        bench.tell(AgentEvent::Ordered(Some(order("2"))));
-        assert_eq!(bench.agent.actual(None, bench.now).held_back, None, "a new desired state may try at once");
+        bench.send(AgentEvent::OrderChanged(Some(order("2"))));
+        assert_eq!(bench.agent.actual(None, bench.now).held_back, None, "a new desired state is tried at once");
     }
 }
 
 #[test]
-fn a_link_that_cannot_be_switched_leaves_the_release_before_to_run() {
+fn a_failed_switch_of_the_link_keeps_the_previous_release() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(AgentEvent::Activate(order("2")));
-    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
-    bench.tell(AgentEvent::Recorded(Ok(())));
-    bench.tell(AgentEvent::Stopped(Ok(())));
-    bench.asked.clear();
-    bench.tell(AgentEvent::Switched(Err("read-only file system".into())));
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }, AgentAction::Start]);
+    bench.send(AgentEvent::Activate(order("2")));
+    bench.send(AgentEvent::Admitted(Ok((release("2"), None))));
+    bench.send(AgentEvent::Recorded(Ok(())));
+    bench.send(AgentEvent::Stopped(Ok(())));
+    bench.actions.clear();
+    bench.send(AgentEvent::Switched(Err("read-only file system".into())));
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: false }, AgentAction::Start]);
     assert_eq!((bench.agent.current(), bench.agent.ledger().probation()), (Some(&version("1")), None));
 }
 
 #[test]
-fn a_release_that_was_withdrawn_is_removed_unless_it_runs() {
+fn a_withdrawn_release_is_removed_unless_it_runs() {
     let withdrawn = || ReleaseError { refused: true, withdrawn: true, ..refusal("its key was revoked") };
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.asked.clear();
-    bench.tell(AgentEvent::Activate(order("2")));
-    bench.tell(AgentEvent::Admitted(Err(withdrawn())));
+    bench.actions.clear();
+    bench.send(AgentEvent::Activate(order("2")));
+    bench.send(AgentEvent::Admitted(Err(withdrawn())));
     assert!(bench.notes().contains(&("activate", "refused")));
-    assert!(bench.asked().contains(&AgentAction::Discard(version("2"))));
+    assert!(bench.take_actions().contains(&AgentAction::Discard(version("2"))));
     let actual = bench.agent.actual(None, bench.now);
     assert!(!actual.releases.contains(&version("2")) && actual.leaving.contains(&version("2")));
-    bench.tell(AgentEvent::Discarded(version("2")));
+    bench.send(AgentEvent::Discarded(version("2")));
     assert!(bench.agent.actual(None, bench.now).leaving.is_empty());
-    bench.tell(AgentEvent::Activate(order("1")));
-    bench.tell(AgentEvent::Admitted(Err(withdrawn())));
-    assert!(!bench.asked().contains(&AgentAction::Discard(version("1"))), "it runs");
+    bench.send(AgentEvent::Activate(order("1")));
+    bench.send(AgentEvent::Admitted(Err(withdrawn())));
+    assert!(!bench.take_actions().contains(&AgentAction::Discard(version("1"))), "it runs");
 }
 
 #[test]
-fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desired_state() {
+fn a_rejection_after_a_download_is_remembered_until_the_package_or_the_desired_state_changes() {
     let mut bench = Bench::running();
     let package =
         |digit: &str| Package { sha256: Some(digit.repeat(64).parse().unwrap()), ..Package::new(version("2")) };
-    bench.tell(AgentEvent::Stage(package("a")));
+    bench.send(AgentEvent::Stage(package("a")));
     let costly = ReleaseError { costly: true, refused: true, ..refusal("it holds a device") };
     bench.answer("2", Err(costly));
-    assert!(bench.asked().contains(&AgentAction::Record { wait: false }));
+    assert!(bench.take_actions().contains(&AgentAction::Record { wait: false }));
     let ledger = bench.agent.ledger().clone();
     let found = || Discovery { ledger: ledger.clone(), releases: [version("1")].into(), ..Discovery::default() };
-    let (mut next, _) = Agent::found("a".parse().unwrap(), found());
+    let (mut next, _) = Agent::restore("a".parse().unwrap(), found());
     assert_eq!(next.step(AgentEvent::Stage(package("a")), at(bench.now)), []);
     assert_eq!(next.last_error().as_deref(), Some("it holds a device"));
     assert_eq!(next.actual(None, bench.now).held_back, Some(version("2")));
@@ -298,8 +298,8 @@ fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desir
         next.step(AgentEvent::Stage(package("a")), later),
         [AgentAction::Stage { id: 1, package: package("a") }]
     );
-    let (mut next, _) = Agent::found("a".parse().unwrap(), found());
-    next.step(AgentEvent::Ordered(Some(order("2"))), at(bench.now));
+    let (mut next, _) = Agent::restore("a".parse().unwrap(), found());
+    next.step(AgentEvent::OrderChanged(Some(order("2"))), at(bench.now));
     assert_eq!(
         next.step(AgentEvent::Stage(package("a")), at(bench.now)),
         [AgentAction::Stage { id: 1, package: package("a") }]
@@ -307,166 +307,170 @@ fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desir
 }
 
 #[test]
-fn another_order_cancels_the_staging_of_the_one_before() {
+fn a_new_order_cancels_the_staging_of_the_previous_one() {
     let mut bench = Bench::running();
-    bench.tell(AgentEvent::Stage(Package::new(version("2"))));
-    bench.asked.clear();
-    bench.tell(AgentEvent::Ordered(Some(order("2"))));
-    assert_eq!(bench.asked(), []);
-    bench.tell(AgentEvent::Ordered(Some(order("3"))));
-    assert_eq!(bench.asked(), [AgentAction::CancelStaging]);
+    bench.send(AgentEvent::Stage(Package::new(version("2"))));
+    bench.actions.clear();
+    bench.send(AgentEvent::OrderChanged(Some(order("2"))));
+    assert_eq!(bench.take_actions(), []);
+    bench.send(AgentEvent::OrderChanged(Some(order("3"))));
+    assert_eq!(bench.take_actions(), [AgentAction::CancelStaging]);
     bench.answer("2", Ok(ready("2")));
-    assert_eq!(bench.asked(), []);
+    assert_eq!(bench.take_actions(), []);
     assert!(bench.agent.actual(None, bench.now).releases.contains(&version("2")), "the plan discards it");
 }
 
 #[test]
-fn another_environment_restarts_what_was_not_started_with_it() {
+fn a_changed_environment_restarts_the_process() {
     let spec = Spec { env: Env::from([("A".to_owned(), "b".into())]) };
     for (runs_so, expected) in [(true, vec![]), (false, vec![AgentAction::Stop])] {
         let mut bench = Bench::running();
-        bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so, sound: Ok(()) });
-        assert_eq!(bench.asked(), expected);
+        bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so, sound: Ok(()) });
+        assert_eq!(bench.take_actions(), expected);
         assert_eq!(bench.agent.spec(), Some(&spec));
     }
     let mut bench = Bench::running();
-    bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
-    assert_eq!((bench.asked(), bench.agent.spec()), (vec![], Some(&Spec::default())));
-    // Held, it is not tried at each plan.
-    bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
-    assert_eq!(bench.asked(), []);
+    bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
+    assert_eq!((bench.take_actions(), bench.agent.spec()), (vec![], Some(&Spec::default())));
+    // A held change is not tried again by each plan.
+    bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
+    assert_eq!(bench.take_actions(), []);
     bench.now += S(5);
-    bench.tell(AgentEvent::Configure { spec, runs_so: false, sound: Ok(()) });
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Stop]);
+    bench.send(AgentEvent::Configure { spec, runs_so: false, sound: Ok(()) });
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1")), AgentAction::Stop]);
 }
 
 #[test]
-fn a_variable_that_its_package_does_not_allow_is_noted_once() {
+fn a_variable_that_the_package_does_not_allow_is_reported_once() {
     let mut bench = Bench::running();
     let (spec, runs_so) = (Spec { env: Env::from([("LD_PRELOAD".to_owned(), "x".into())]) }, false);
-    bench.tell(inspected(Ok(manifest(&[]))));
-    bench.tell(AgentEvent::Configure { spec, runs_so, sound: Ok(()) });
+    bench.send(inspected(Ok(manifest(&[]))));
+    bench.send(AgentEvent::Configure { spec, runs_so, sound: Ok(()) });
     for pid in 11..14 {
-        bench.tell(AgentEvent::Stopped(Ok(())));
-        bench.tell(AgentEvent::Launched { pid, version: version("1"), runs_so: true });
-        bench.tell(AgentEvent::Restart);
+        bench.send(AgentEvent::Stopped(Ok(())));
+        bench.send(AgentEvent::Launched { pid, version: version("1"), runs_so: true });
+        bench.send(AgentEvent::Restart);
     }
     assert_eq!(bench.notes(), [("env", "refused")]);
     assert!(bench.agent.last_error().unwrap().contains("LD_PRELOAD"));
 }
 
 #[test]
-fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
+fn an_unreadable_manifest_is_read_again_at_each_start() {
     let found = Discovery {
-        ledger: LedgerEntry::found(Some(release("1")), None),
+        ledger: LedgerEntry::from_disk(Some(release("1")), None),
         releases: [version("1")].into(),
         unfinished: [version("half")].into(),
         program: Some(Err("no agent.toml".into())),
         restarts: 3,
         order: None,
     };
-    let (agent, actions) = Agent::found("a".parse().unwrap(), found);
+    let (agent, actions) = Agent::restore("a".parse().unwrap(), found);
     assert_eq!(actions, [AgentAction::Discard(version("half"))]);
     let mut bench = Bench { agent, ..Bench::new() };
-    bench.tell(AgentEvent::Set(Run::Start));
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
-    bench.tell(inspected(Err("no agent.toml".into())));
-    // The first failure is tried again at once.
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
-    bench.tell(inspected(Err("no agent.toml".into())));
-    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Failed));
+    bench.send(AgentEvent::Set(Run::Start));
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1"))]);
+    bench.send(inspected(Err("no agent.toml".into())));
+    // The first failure is retried at once.
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1"))]);
+    bench.send(inspected(Err("no agent.toml".into())));
+    assert_eq!((bench.take_actions(), bench.agent.state()), (vec![], AgentState::Failed));
     bench.now = bench.agent.deadline(bench.now).unwrap();
-    bench.tell(AgentEvent::Tick);
-    bench.tell(inspected(Ok(Program::Script)));
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
+    bench.send(AgentEvent::Tick);
+    bench.send(inspected(Ok(Program::Script)));
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
     assert_eq!(bench.agent.last_error().as_deref(), Some("no agent.toml"));
 }
 
 #[test]
-fn while_an_activation_is_recorded_what_runs_is_restarted_as_it_was() {
+fn while_an_activation_is_recorded_the_old_release_is_restarted() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(AgentEvent::Activate(order("2")));
-    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
-    bench.asked.clear();
-    bench.tell(AgentEvent::Exited { success: Some(false), how: "crashed".into() });
-    assert_eq!((bench.asked(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("1"))));
-    bench.tell(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
-    assert_eq!(bench.asked(), [], "nothing is committed");
-    bench.tell(AgentEvent::Recorded(Err("no space left".into())));
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }], "the file may say what was not done");
+    bench.send(AgentEvent::Activate(order("2")));
+    bench.send(AgentEvent::Admitted(Ok((release("2"), None))));
+    bench.actions.clear();
+    bench.send(AgentEvent::Exited { success: Some(false), how: "crashed".into() });
+    assert_eq!((bench.take_actions(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("1"))));
+    bench.send(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
+    assert_eq!(bench.take_actions(), [], "no commit");
+    bench.send(AgentEvent::Recorded(Err("no space left".into())));
+    assert_eq!(
+        bench.take_actions(),
+        [AgentAction::Record { wait: false }],
+        "the file may include the failed activation"
+    );
     assert_eq!(bench.agent.to_record(), *bench.agent.ledger());
 }
 
 #[test]
-fn a_removal_waits_for_what_is_under_way_on_its_files() {
+fn a_removal_waits_for_operations_on_its_files() {
     let mut bench = Bench::new();
     bench.stage("1");
-    bench.tell(AgentEvent::Stage(Package::new(version("2"))));
-    bench.tell(AgentEvent::Discard(version("1")));
-    bench.asked.clear();
-    bench.tell(AgentEvent::Uninstall);
-    assert_eq!(bench.asked(), [AgentAction::CancelStaging]);
-    bench.tell(AgentEvent::Discarded(version("1")));
-    assert_eq!(bench.asked(), []);
+    bench.send(AgentEvent::Stage(Package::new(version("2"))));
+    bench.send(AgentEvent::Discard(version("1")));
+    bench.actions.clear();
+    bench.send(AgentEvent::Uninstall);
+    assert_eq!(bench.take_actions(), [AgentAction::CancelStaging]);
+    bench.send(AgentEvent::Discarded(version("1")));
+    assert_eq!(bench.take_actions(), []);
     bench.answer("2", Ok(ready("2")));
-    assert_eq!(bench.asked(), [AgentAction::Remove]);
+    assert_eq!(bench.take_actions(), [AgentAction::Remove]);
 }
 
 #[test]
-fn what_is_staged_while_its_files_are_removed_is_gone_with_them() {
+fn a_release_staged_during_the_removal_of_its_files_is_removed_too() {
     let mut bench = Bench::running();
-    bench.tell(AgentEvent::Stage(Package::new(version("2"))));
-    bench.tell(AgentEvent::Ordered(Some(order("1")))).tell(AgentEvent::Discard(version("2")));
+    bench.send(AgentEvent::Stage(Package::new(version("2"))));
+    bench.send(AgentEvent::OrderChanged(Some(order("1")))).send(AgentEvent::Discard(version("2")));
     bench.answer("2", Ok(ready("2")));
-    bench.tell(AgentEvent::Discarded(version("2")));
+    bench.send(AgentEvent::Discarded(version("2")));
     assert!(!bench.agent.actual(None, bench.now).releases.contains(&version("2")));
 }
 
 #[test]
-fn how_another_release_is_run_says_nothing_about_this_one() {
+fn the_inspection_of_another_release_is_ignored() {
     let mut bench = Bench::running();
-    bench.tell(AgentEvent::Inspected { version: version("9"), result: Err("no agent.toml".into()) });
+    bench.send(AgentEvent::Inspected { version: version("9"), result: Err("no agent.toml".into()) });
     assert!(bench.agent.program().is_some() && bench.agent.last_error().is_none());
 }
 
 #[test]
-fn an_uninstalled_one_is_stopped_then_removed() {
+fn an_uninstalled_sub_agent_is_stopped_then_removed() {
     let mut bench = Bench::running();
-    bench.tell(AgentEvent::Uninstall);
-    assert_eq!(bench.asked(), [AgentAction::Stop]);
+    bench.send(AgentEvent::Uninstall);
+    assert_eq!(bench.take_actions(), [AgentAction::Stop]);
     assert!(bench.agent.actual(None, bench.now).busy);
-    bench.tell(AgentEvent::Stopped(Err("it hangs in the kernel".into())));
+    bench.send(AgentEvent::Stopped(Err("it hangs in the kernel".into())));
     assert!(bench.notes().contains(&("stop", "failed")));
-    assert_eq!(bench.asked(), [AgentAction::Remove]);
+    assert_eq!(bench.take_actions(), [AgentAction::Remove]);
     let mut bench = Bench::new();
-    bench.tell(AgentEvent::Uninstall);
-    assert_eq!(bench.asked(), [AgentAction::Remove]);
+    bench.send(AgentEvent::Uninstall);
+    assert_eq!(bench.take_actions(), [AgentAction::Remove]);
 }
 
 #[test]
-fn a_stop_of_the_home_starts_nothing_more() {
+fn nothing_is_started_after_a_stop_of_the_home() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(AgentEvent::Activate(order("2")));
-    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
-    bench.tell(AgentEvent::Recorded(Ok(())));
-    bench.tell(AgentEvent::HomeStops);
-    bench.tell(AgentEvent::Stopped(Ok(())));
-    bench.asked.clear();
-    bench.tell(AgentEvent::Switched(Ok(())));
-    assert_eq!(bench.asked(), []);
+    bench.send(AgentEvent::Activate(order("2")));
+    bench.send(AgentEvent::Admitted(Ok((release("2"), None))));
+    bench.send(AgentEvent::Recorded(Ok(())));
+    bench.send(AgentEvent::HomeStopping);
+    bench.send(AgentEvent::Stopped(Ok(())));
+    bench.actions.clear();
+    bench.send(AgentEvent::Switched(Ok(())));
+    assert_eq!(bench.take_actions(), []);
     assert!(bench.agent.supervisor().is_down());
 }
 
 #[test]
-fn a_process_of_another_release_than_the_active_one_shows_as_it_is() {
+fn the_release_of_the_process_is_shown_even_if_another_is_active() {
     let found = Discovery {
-        ledger: LedgerEntry::found(Some(release("2")), None),
+        ledger: LedgerEntry::from_disk(Some(release("2")), None),
         releases: [version("2")].into(),
         ..Discovery::default()
     };
-    let (mut agent, _) = Agent::found("a".parse().unwrap(), found);
+    let (mut agent, _) = Agent::restore("a".parse().unwrap(), found);
     let now = Instant::now();
     assert_eq!(agent.shown(), Some(&version("2")));
     agent.adopt(7, version("1"), now, None, at(now));
@@ -474,22 +478,22 @@ fn a_process_of_another_release_than_the_active_one_shows_as_it_is() {
 }
 
 #[test]
-fn health_and_crashes_are_noted_as_they_change() {
+fn changes_of_health_and_crashes_are_reported() {
     let mut bench = Bench::running();
     let exit = || AgentEvent::Exited { success: Some(false), how: "exited with 1".into() };
-    bench.tell(exit());
-    bench.tell(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
-    bench.tell(exit());
+    bench.send(exit());
+    bench.send(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
+    bench.send(exit());
     assert_eq!(bench.notes(), [("exit", "failed"), ("exit", "failed"), ("backoff", "failed")]);
-    bench.asked.clear();
+    bench.actions.clear();
     bench.now += S(60);
-    bench.tell(AgentEvent::Tick);
-    bench.tell(AgentEvent::Launched { pid: 12, version: version("1"), runs_so: true });
-    bench.tell(exit());
-    assert_eq!(bench.notes(), [("exit", "failed")], "the later ones differ in nothing but the delay");
+    bench.send(AgentEvent::Tick);
+    bench.send(AgentEvent::Launched { pid: 12, version: version("1"), runs_so: true });
+    bench.send(exit());
+    assert_eq!(bench.notes(), [("exit", "failed")], "later ones differ only in the delay");
 }
 
-/// What a manager may tell, whatever was asked: also what comes too late, or twice.
+/// Any event of the manager, including late and repeated ones.
 fn event() -> impl Strategy<Value = AgentEvent> {
     let text = prop::sample::select(vec!["1", "2", "3"]);
     let result = |why: &'static str| prop_oneof![Just(Ok(())), Just(Err(why.to_owned()))];
@@ -502,10 +506,10 @@ fn event() -> impl Strategy<Value = AgentEvent> {
             sound: if sound { Ok(()) } else { Err(refusal("no")) },
         }),
         prop_oneof![Just(Run::Start), Just(Run::Stop)].prop_map(AgentEvent::Set),
-        text.clone().prop_map(|text| AgentEvent::Ordered(Some(order(text)))),
+        text.clone().prop_map(|text| AgentEvent::OrderChanged(Some(order(text)))),
         Just(AgentEvent::Restart),
         Just(AgentEvent::Retry),
-        text.clone().prop_map(|text| AgentEvent::Return { overruled: Some(order(text)) }),
+        text.clone().prop_map(|text| AgentEvent::RollBack { overruled: Some(order(text)) }),
         prop_oneof![
             Just(CheckResult::Healthy),
             Just(CheckResult::Unhealthy("refused".into())),
@@ -536,7 +540,7 @@ fn event() -> impl Strategy<Value = AgentEvent> {
             version: version(text),
             runs_so
         }),
-        Just(AgentEvent::NotLaunched(refusal("no such file"))),
+        Just(AgentEvent::LaunchFailed(refusal("no such file"))),
         any::<Option<bool>>().prop_map(|success| AgentEvent::Exited { success, how: "ended".into() }),
         result("it hangs").prop_map(AgentEvent::Stopped),
         Just(AgentEvent::Tick),
@@ -545,17 +549,17 @@ fn event() -> impl Strategy<Value = AgentEvent> {
 
 proptest! {
     #[test]
-    fn whatever_happens_nothing_is_lost_and_nothing_runs_twice(events in prop::collection::vec((event(), 0..20_u64), 0..60)) {
+    fn no_sequence_of_events_loses_a_release_or_runs_two_processes(events in prop::collection::vec((event(), 0..20_u64), 0..60)) {
         let mut bench = Bench::new();
         let mut starting = false;
         for (event, seconds) in events {
             bench.now += S(seconds);
             let (before, recorded) = (bench.agent.ledger().clone(), bench.agent.to_record());
-            let ends_start = matches!(event, AgentEvent::Launched { .. } | AgentEvent::NotLaunched(_));
-            bench.tell(event.clone());
+            let ends_start = matches!(event, AgentEvent::Launched { .. } | AgentEvent::LaunchFailed(_));
+            bench.send(event.clone());
             starting &= !ends_start;
-            let asked = bench.asked();
-            // One start at a time, and never beside a process that is known.
+            let asked = bench.take_actions();
+            // One start at a time, and never next to a known process.
             for action in &asked {
                 if *action == AgentAction::Start {
                     prop_assert!(!starting, "a second start after {event:?}");
@@ -564,24 +568,24 @@ proptest! {
                     starting = true;
                 }
             }
-            // Every change of what the ledger is to say is written.
+            // Every change of the ledger entry to write is followed by a write.
             let undone = matches!(event, AgentEvent::Switched(Err(_)));
             if bench.agent.to_record() != recorded {
                 let records = asked.iter().any(|action| matches!(action, AgentAction::Record { .. }));
-                prop_assert!(records, "{event:?} changed the ledger unseen");
+                prop_assert!(records, "{event:?} changed the ledger without a write");
             }
-            // Until its link is switched, nothing of a release that is to come is run.
+            // Nothing of a new release runs until its link is switched.
             let starts = asked.contains(&AgentAction::Start);
-            if starts && matches!(bench.agent.work, Activity::Admitting { .. } | Activity::Recording(_) | Activity::Stopping(_)) {
+            if starts && matches!(bench.agent.activity, Activity::Admitting { .. } | Activity::Recording(_) | Activity::Stopping(_)) {
                 prop_assert_eq!(bench.agent.current(), before.current().map(|release| &release.version));
             }
-            // The release that was committed last is never given up for one that was not.
+            // The last committed release is never given up for one that was not committed.
             if let Some(active) = before.active() {
                 let kept: Vec<_> = bench.agent.ledger().kept().collect();
                 let withdrawn = matches!(event, AgentEvent::Admitted(Err(_)));
                 prop_assert!(withdrawn || undone || kept.contains(&&active.version), "{event:?} lost {active:?}");
             }
-            // What is wanted has a process, an action under way, or a deadline.
+            // A sub-agent that should run has a process, an action under way, or a deadline.
             let supervisor = bench.agent.supervisor();
             let is_idle = supervisor.is_down() && supervisor.starts_at().is_none();
             let actual = bench.agent.actual(None, bench.now);

@@ -1,8 +1,8 @@
-//! What can be seen of a sub-agent: by the plan, by the manager, by an operator.
+//! Read access to a sub-agent's state, for the plan, the manager and the operator.
 
 use std::time::{Duration, Instant};
 
-use super::probation::TRIES;
+use super::probation::MAX_FAILURES;
 use super::{Activity, Agent, HeldRelease, put_into_use};
 use crate::core::ledger::LedgerEntry;
 use crate::core::model::{AgentName, Version};
@@ -13,15 +13,15 @@ use crate::core::reconcile::Actual;
 use crate::core::supervise::Supervisor;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 
-/// A change of release that is under way.
+/// The change of release that is under way.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Upgrade {
     pub from: Option<Version>,
     pub to: Version,
     pub phase: &'static str,
-    /// Until it is given up, where that goes by time.
+    /// Until it is rolled back, if a time limit applies.
     pub left: Option<Duration>,
-    /// So often it may still fail.
+    /// Failures left before it is rolled back.
     pub tries_left: Option<u64>,
     pub reason: Option<String>,
 }
@@ -39,26 +39,26 @@ impl Agent {
         &self.ledger
     }
 
-    /// What the file is to say: of an activation that is to follow, what will be true then.
+    /// The ledger entry to write. During an activation it already includes the new release.
     pub fn to_record(&self) -> LedgerEntry {
         let mut recorded = self.ledger.clone();
-        if let Activity::Recording(activation) | Activity::Stopping(activation) = &self.work {
+        if let Activity::Recording(activation) | Activity::Stopping(activation) = &self.activity {
             put_into_use(&mut recorded, activation.ready.release.clone());
         }
         recorded
     }
 
-    /// The release that runs, or would.
+    /// The release that runs or would run.
     pub fn current(&self) -> Option<&Version> {
         self.ledger.current().map(|release| &release.version)
     }
 
-    /// The release of its process, by its record; without a process, the one that would run.
+    /// The release of its process, by the process record; without a process, the one that would run.
     pub fn shown(&self) -> Option<&Version> {
         self.running.as_ref().or(self.current())
     }
 
-    /// The current release, where its process is one of another.
+    /// The current release, if its process belongs to a different one.
     pub fn differing_current(&self) -> Option<&Version> {
         self.current().filter(|current| self.running.as_ref().is_some_and(|running| running != *current))
     }
@@ -67,24 +67,24 @@ impl Agent {
         self.program.as_ref()
     }
 
-    /// How it is run; `None`: its process was started with something else than is wanted.
+    /// How it is run. `None`: its process was started with a spec other than the desired one.
     pub fn spec(&self) -> Option<&Spec> {
         self.spec.as_ref()
     }
 
     pub fn is_staging(&self, id: u64) -> bool {
-        matches!(self.work, Activity::Staging { id: staged, .. } if staged == id)
+        matches!(self.activity, Activity::Staging { id: staged, .. } if staged == id)
     }
 
-    /// Its releases are being changed: nothing else is to be begun.
+    /// Whether a change of release is under way, so that no other operation may start.
     pub fn is_busy(&self) -> bool {
-        match self.work {
+        match self.activity {
             Activity::Idle | Activity::Staging { .. } | Activity::Staged(_) | Activity::Held(_) => false,
             Activity::Admitting { .. }
             | Activity::Recording(_)
             | Activity::Stopping(_)
             | Activity::Switching { .. }
-            | Activity::Returning(_)
+            | Activity::RollingBack(_)
             | Activity::SwitchingBack(_)
             | Activity::Uninstalling
             | Activity::Removing => true,
@@ -92,19 +92,19 @@ impl Agent {
     }
 
     fn held(&self) -> Option<&HeldRelease> {
-        match &self.work {
+        match &self.activity {
             Activity::Held(held) => Some(held),
             _ => None,
         }
     }
 
-    /// What the plan goes by. `order`: what is wanted of it.
+    /// The input of the plan. `order`: what the desired state orders for it.
     pub fn actual(&self, order: Option<&Order>, now: Instant) -> Actual {
         let asks_for = order.map(Order::asks_for);
         let skipped = asks_for.and_then(|(version, sha256, _)| self.ledger.skipped(version, sha256));
         let skipped = skipped.filter(|skipped| skipped.until.is_none()).map(|skipped| skipped.version.clone());
         let held = self.held().filter(|held| now < held.until).map(|held| held.version.clone());
-        let staging = match &self.work {
+        let staging = match &self.activity {
             Activity::Staging { version, .. } => Some(version.clone()),
             _ => None,
         };
@@ -113,7 +113,7 @@ impl Agent {
             running: self.running.clone(),
             kept: self.ledger.kept().cloned().collect(),
             releases: self.releases.clone(),
-            leaving: self.leaving.clone(),
+            leaving: self.removing.clone(),
             staging,
             held_back: held.or(skipped),
             stays: asks_for.is_some_and(|(version, sha256, retry)| self.ledger.overrules(version, sha256, retry)),
@@ -124,41 +124,41 @@ impl Agent {
         }
     }
 
-    /// Whether it is down, or about to be, because its release is being changed.
+    /// Whether it is down, or is about to be, for a change of release.
     pub fn is_down_for_upgrade(&self) -> bool {
-        let is_changing = match &self.work {
+        let is_changing = match &self.activity {
             Activity::Admitting { .. }
             | Activity::Recording(_)
             | Activity::Stopping(_)
             | Activity::Switching { .. } => self.ledger.current().is_some(),
-            Activity::Returning(_) | Activity::SwitchingBack(_) => true,
-            _ => self.is_on_probation() || self.returned.is_some(),
+            Activity::RollingBack(_) | Activity::SwitchingBack(_) => true,
+            _ => self.is_on_probation() || self.rolled_back.is_some(),
         };
         is_changing && (self.is_busy() || !self.supervisor.is_up())
     }
 
-    /// Whether a release that was held back is to be tried again.
+    /// Whether a held release is to be tried again.
     pub fn hold_is_over(&self, now: Instant) -> bool {
         self.held().is_some_and(|held| held.until <= now)
     }
 
-    /// Whether its supervisor waits for [`super::AgentEvent::Tick`].
+    /// Whether [`super::AgentEvent::Tick`] is due.
     pub fn is_due(&self, now: Instant) -> bool {
-        [self.supervisor.deadline(), self.judged_at()].into_iter().flatten().any(|deadline| deadline <= now)
+        [self.supervisor.deadline(), self.probation_deadline()].into_iter().flatten().any(|deadline| deadline <= now)
     }
 
-    /// When there is something to do for it without anything happening.
+    /// When the next timed action is due.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let retry = self.held().map(|held| held.until).filter(|until| *until > now);
-        [self.supervisor.deadline(), self.judged_at(), retry].into_iter().flatten().min()
+        [self.supervisor.deadline(), self.probation_deadline(), retry].into_iter().flatten().min()
     }
 
-    /// As an operator reads it.
+    /// The state that operators see.
     pub fn state(&self) -> AgentState {
-        let is_updating = match self.work {
+        let is_updating = match self.activity {
             Activity::Staging { .. } | Activity::Staged(_) => true,
             Activity::Uninstalling | Activity::Removing => false,
-            _ => self.is_busy() || self.is_on_probation() || self.returned.is_some(),
+            _ => self.is_busy() || self.is_on_probation() || self.rolled_back.is_some(),
         };
         match self.supervisor.state() {
             _ if is_updating => AgentState::Updating,
@@ -170,9 +170,9 @@ impl Agent {
         }
     }
 
-    /// What is wrong with it, if there is something to know.
+    /// The problem to show, if there is one.
     pub fn last_error(&self) -> Option<String> {
-        let skipped = self.ledger.skipped_for_good().last();
+        let skipped = self.ledger.permanently_skipped().last();
         let skipped = skipped.map(|skipped| format!("{} is skipped: {}", skipped.version, skipped.reason));
         let error = self.error.as_deref().or(self.refused_env.as_deref()).or(self.supervisor.last_error());
         let both = [error, skipped.as_deref()].into_iter().flatten().collect::<Vec<_>>().join("; ");
@@ -191,7 +191,7 @@ impl Agent {
             tries_left: None,
             reason: None,
         };
-        match &self.work {
+        match &self.activity {
             Activity::Staging { version, .. } => Some(new("staging", version, current())),
             Activity::Admitting { order, .. } => Some(new("activating", &order.package.version, current())),
             Activity::Recording(activation) | Activity::Stopping(activation) => {
@@ -201,7 +201,7 @@ impl Agent {
                 let from = before.current().map(|release| release.version.clone());
                 Some(new("activating", &activation.ready.release.version, from))
             }
-            Activity::Returning(back) | Activity::SwitchingBack(back) => {
+            Activity::RollingBack(back) | Activity::SwitchingBack(back) => {
                 let reason = Some(back.why.clone());
                 Some(Upgrade { reason, ..new("rollingBack", &back.to, Some(back.from.clone())) })
             }
@@ -209,8 +209,8 @@ impl Agent {
                 let from = self.ledger.before_probation().map(|release| release.version.clone());
                 let on_probation = self.ledger.probation().map(|release| new("probation", &release.version, from))?;
                 Some(Upgrade {
-                    left: self.gives_up_at().map(left),
-                    tries_left: Some(TRIES.saturating_sub(self.ledger.probation_failures())),
+                    left: self.rolls_back_at().map(left),
+                    tries_left: Some(MAX_FAILURES.saturating_sub(self.ledger.probation_failures())),
                     reason: self.supervisor.last_error().map(str::to_owned),
                     ..on_probation
                 })

@@ -32,7 +32,7 @@ fn versions(entry: &LedgerEntry) -> [Option<&str>; 4] {
 }
 
 #[test]
-fn an_upgrade_keeps_the_release_before_until_it_is_committed_and_after() {
+fn an_upgrade_keeps_the_previous_release_before_and_after_the_commit() {
     let mut entry = LedgerEntry::default();
     entry.stage(release("1"));
     entry.activate(release("1"));
@@ -49,12 +49,12 @@ fn an_upgrade_keeps_the_release_before_until_it_is_committed_and_after() {
 }
 
 #[test]
-fn a_return_to_the_active_release_ends_the_probation_of_another() {
-    let mut entry = LedgerEntry::found(Some(release("1")), None);
+fn an_activation_of_the_active_release_ends_the_probation_of_another() {
+    let mut entry = LedgerEntry::from_disk(Some(release("1")), None);
     entry.begin_probation(release("2"));
     entry.begin_probation(release("1"));
     assert_eq!(versions(&entry), [Some("1"), None, None, None]);
-    // A third one replaces the second, and the first stays to go back to.
+    // A third one replaces the second; the first stays to roll back to.
     entry.begin_probation(release("2"));
     entry.begin_probation(release("3"));
     assert_eq!(versions(&entry), [Some("1"), None, Some("3"), None]);
@@ -62,7 +62,7 @@ fn a_return_to_the_active_release_ends_the_probation_of_another() {
 
 #[test]
 fn the_active_release_is_never_skipped_and_another_package_of_a_version_is_tried() {
-    let mut entry = LedgerEntry::found(Some(release("1")), None);
+    let mut entry = LedgerEntry::from_disk(Some(release("1")), None);
     entry.skip(skipped("1"));
     assert_eq!(entry.skipped(&"1".parse().unwrap(), None), None);
     let of = |digit: char| -> Digest { digit.to_string().repeat(64).parse().unwrap() };
@@ -76,13 +76,13 @@ fn the_active_release_is_never_skipped_and_another_package_of_a_version_is_tried
         entry.skip(skipped(&format!("v{number}")));
     }
     assert_eq!(entry.skipped.len(), MAX_SKIPPED);
-    assert!(entry.allow_all() && !entry.allow_all());
+    assert!(entry.clear_skips() && !entry.clear_skips());
 }
 
 #[test]
-fn what_is_not_whole_on_disk_gives_way_to_what_is() {
+fn an_incomplete_release_is_replaced_by_a_complete_one() {
     let full = || {
-        let mut entry = LedgerEntry::found(Some(release("2")), Some(release("1")));
+        let mut entry = LedgerEntry::from_disk(Some(release("2")), Some(release("1")));
         entry.begin_probation(release("3"));
         entry
     };
@@ -90,22 +90,22 @@ fn what_is_not_whole_on_disk_gives_way_to_what_is() {
         (&["1", "2", "3"][..], [Some("2"), Some("1"), Some("3")]),
         (&["1", "2"][..], [Some("2"), Some("1"), None]),
         (&["1"][..], [Some("1"), None, None]),
-        // The backup stays one, also when the other is committed.
+        // The backup stays the backup, even after the other is committed.
         (&["1", "3"][..], [None, Some("1"), Some("3")]),
         (&[][..], [None, None, None]),
     ] {
         let mut entry = full();
-        entry.keep_whole(|version| whole.contains(&version.as_str()));
+        entry.drop_incomplete(|version| whole.contains(&version.as_str()));
         assert_eq!(versions(&entry)[..3], expected, "{whole:?}");
     }
 }
 
 #[test]
-fn a_probation_that_did_not_begin_is_given_up_and_one_that_did_goes_on() {
+fn a_probation_that_did_not_start_is_dropped_and_one_that_did_is_resumed() {
     for (running, expected) in
         [("1", [Some("1"), None, None]), ("2", [Some("1"), None, Some("2")]), ("3", [Some("3"), Some("1"), None])]
     {
-        let mut entry = LedgerEntry::found(Some(release("1")), None);
+        let mut entry = LedgerEntry::from_disk(Some(release("1")), None);
         entry.begin_probation(release("2"));
         entry.resume(&release(running));
         assert_eq!(versions(&entry)[..3], expected, "{running}");
@@ -113,19 +113,19 @@ fn a_probation_that_did_not_begin_is_given_up_and_one_that_did_goes_on() {
 }
 
 #[test]
-fn a_skipped_backup_that_takes_the_place_of_a_lost_active_release_is_not_skipped_any_more() {
-    let mut entry = LedgerEntry::found(Some(release("2")), Some(release("1")));
+fn a_skipped_backup_that_replaces_a_lost_active_release_is_not_skipped_any_more() {
+    let mut entry = LedgerEntry::from_disk(Some(release("2")), Some(release("1")));
     entry.skip(skipped("1"));
     entry.begin_probation(release("3"));
-    entry.keep_whole(|version| version.as_str() != "2");
+    entry.drop_incomplete(|version| version.as_str() != "2");
     entry.roll_back();
     assert_eq!((versions(&entry)[0], entry.skipped(&release("1").version, None)), (Some("1"), None));
 }
 
-/// The second activation of a release may be recorded while what it replaced still ends.
+/// The second activation of a release can be recorded while the release that it replaced is still stopping.
 #[test]
-fn what_a_release_on_probation_has_replaced_stays_given_up_when_that_is_activated_again() {
-    let mut entry = LedgerEntry::found(Some(release("1")), None);
+fn a_release_replaced_on_probation_stays_given_up_after_a_second_activation() {
+    let mut entry = LedgerEntry::from_disk(Some(release("1")), None);
     for version in ["2", "3", "3"] {
         entry.begin_probation(release(version));
     }
@@ -168,12 +168,12 @@ fn verb() -> impl Strategy<Value = Verb> {
 }
 
 #[test]
-fn a_backup_that_takes_the_place_of_a_lost_release_is_not_skipped() {
+fn a_backup_that_replaces_a_lost_release_is_not_skipped() {
     let mut entry = LedgerEntry::default();
     entry.activate(release("2"));
     entry.activate(release("3"));
     entry.begin_probation(release("1"));
-    entry.keep_whole(|version| version.as_str() != "3");
+    entry.drop_incomplete(|version| version.as_str() != "3");
     entry.skip(skipped("2"));
     entry.roll_back();
     assert_eq!(entry.active().map(|active| active.version.as_str()), Some("2"));
@@ -181,10 +181,10 @@ fn a_backup_that_takes_the_place_of_a_lost_release_is_not_skipped() {
 }
 
 proptest! {
-    /// For any order of verbs: the backup differs from the active release, the current release stays on disk, and a release that was
-    /// active is lost only with its files.
+    /// For any sequence of verbs: the backup differs from the active release, the current release stays on disk, and an active release is lost
+    /// only with its files.
     #[test]
-    fn there_is_always_something_to_go_back_to(verbs in proptest::collection::vec(verb(), 0..30)) {
+    fn there_is_always_a_release_to_roll_back_to(verbs in proptest::collection::vec(verb(), 0..30)) {
         let mut entry = LedgerEntry::default();
         for verb in verbs {
             let before = entry.clone();
@@ -196,7 +196,7 @@ proptest! {
                 Verb::RollBack => drop(entry.roll_back()),
                 Verb::Skip(version) => entry.skip(skipped(version)),
                 Verb::Return => drop(entry.return_to_backup()),
-                Verb::Lose(version) => entry.keep_whole(|other| other.as_str() != version),
+                Verb::Lose(version) => entry.drop_incomplete(|other| other.as_str() != version),
             }
             prop_assert!(entry.probation.is_none() || entry.probation != entry.active);
             prop_assert!(entry.current().is_none_or(|current| entry.kept().any(|kept| *kept == current.version)));

@@ -1,4 +1,4 @@
-//! The supervisor, event by event, and in a world of its own where anything may happen in any order.
+//! The supervisor, event by event, and in a model where events come in any order.
 
 use proptest::prelude::*;
 
@@ -16,7 +16,7 @@ fn exited() -> SupervisorEvent {
 }
 
 #[test]
-fn the_first_restart_is_immediate_the_next_ones_wait_longer_and_longer() {
+fn the_first_restart_is_immediate_and_later_ones_back_off() {
     let now = Instant::now();
     let mut supervisor = running(RestartPolicy::default(), now);
     assert_eq!(supervisor.step(exited(), now, 0.0), Some(SupervisorAction::Start));
@@ -34,7 +34,7 @@ fn the_first_restart_is_immediate_the_next_ones_wait_longer_and_longer() {
 }
 
 #[test]
-fn a_healthy_time_begins_the_count_anew() {
+fn a_healthy_period_resets_the_failure_count() {
     let now = Instant::now();
     let mut supervisor = running(RestartPolicy::default(), now);
     supervisor.step(exited(), now, 0.0);
@@ -44,7 +44,7 @@ fn a_healthy_time_begins_the_count_anew() {
 }
 
 #[test]
-fn a_start_that_fails_is_tried_again() {
+fn a_failed_start_is_retried() {
     let now = Instant::now();
     let mut supervisor = Supervisor::new(RestartPolicy::default(), 0);
     supervisor.step(SupervisorEvent::Run, now, 0.0);
@@ -57,11 +57,11 @@ fn a_start_that_fails_is_tried_again() {
 }
 
 #[test]
-fn rest_in_any_phase_ends_down() {
+fn a_stop_in_any_phase_ends_down() {
     let now = Instant::now();
     let mut starting = Supervisor::new(RestartPolicy::default(), 0);
     starting.step(SupervisorEvent::Run, now, 0.0);
-    assert_eq!(starting.step(SupervisorEvent::Rest, now, 0.0), None);
+    assert_eq!(starting.step(SupervisorEvent::Stop, now, 0.0), None);
     assert_eq!(starting.step(SupervisorEvent::Started { pid: 1 }, now, 0.0), Some(SupervisorAction::Stop));
     assert_eq!(starting.step(SupervisorEvent::Stopped, now, 0.0), None);
     assert_eq!(starting.state(), AgentState::Stopped);
@@ -70,32 +70,32 @@ fn rest_in_any_phase_ends_down() {
     waiting.step(exited(), now, 0.0);
     waiting.step(SupervisorEvent::StartFailed { why: "x".into() }, now, 0.0);
     assert_eq!(waiting.state(), AgentState::Backoff);
-    // Its main process is dead; what that left behind is ended.
-    assert_eq!(waiting.step(SupervisorEvent::Rest, now, 0.0), Some(SupervisorAction::Stop));
+    // Its main process exited; its leftover processes are stopped.
+    assert_eq!(waiting.step(SupervisorEvent::Stop, now, 0.0), Some(SupervisorAction::Stop));
     assert_eq!(waiting.step(SupervisorEvent::Stopped, now, 0.0), None);
     assert_eq!(waiting.state(), AgentState::Stopped);
-    assert_eq!(waiting.step(SupervisorEvent::Rest, now, 0.0), None);
+    assert_eq!(waiting.step(SupervisorEvent::Stop, now, 0.0), None);
     assert_eq!(waiting.deadline(), None);
 }
 
 #[test]
-fn a_restart_that_was_asked_for_is_not_counted() {
+fn a_requested_restart_is_not_counted() {
     let now = Instant::now();
     let mut supervisor = running(RestartPolicy::default(), now);
-    assert_eq!(supervisor.step(SupervisorEvent::Again, now, 0.0), Some(SupervisorAction::Stop));
+    assert_eq!(supervisor.step(SupervisorEvent::Restart, now, 0.0), Some(SupervisorAction::Stop));
     assert_eq!(supervisor.step(SupervisorEvent::Stopped, now, 0.0), Some(SupervisorAction::Start));
     assert_eq!(supervisor.restarts(), 0);
 }
 
 #[test]
-fn the_troubles_of_before_are_forgotten_by_a_start_that_was_asked_for() {
+fn a_requested_start_clears_earlier_failures() {
     let now = Instant::now();
-    for word in [SupervisorEvent::Rest, SupervisorEvent::Again] {
+    for request in [SupervisorEvent::Stop, SupervisorEvent::Restart] {
         let mut supervisor = running(RestartPolicy::default(), now);
         supervisor.step(exited(), now, 0.0);
         supervisor.step(SupervisorEvent::Started { pid: 8 }, now, 0.0);
         assert_eq!((supervisor.restarts(), supervisor.last_error()), (1, Some("exited with 1")));
-        supervisor.step(word, now, 0.0);
+        supervisor.step(request, now, 0.0);
         assert_eq!((supervisor.restarts(), supervisor.last_error()), (0, None));
     }
 }
@@ -120,7 +120,7 @@ fn checked() -> RestartPolicy {
     RestartPolicy { checks: Some(checks), ..RestartPolicy::default() }
 }
 
-/// Lets the next check come and gives its answer; says what follows.
+/// Runs the next check with this result. Returns the action that follows.
 fn answer(supervisor: &mut Supervisor, now: &mut Instant, answer: CheckResult) -> Option<SupervisorAction> {
     *now = supervisor.deadline().expect("a check is due");
     assert_eq!(supervisor.step(SupervisorEvent::Tick, *now, 0.0), Some(SupervisorAction::Check));
@@ -128,36 +128,36 @@ fn answer(supervisor: &mut Supervisor, now: &mut Instant, answer: CheckResult) -
     supervisor.step(SupervisorEvent::Checked(answer), *now, 0.0)
 }
 
-fn sick() -> CheckResult {
+fn unhealthy() -> CheckResult {
     CheckResult::Unhealthy("no answer".into())
 }
 
 #[test]
-fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
+fn a_process_unhealthy_for_too_long_is_restarted_and_counts_as_a_failure() {
     let mut now = Instant::now();
     let mut supervisor = running(checked(), now);
     assert_eq!(supervisor.state(), AgentState::Starting);
     assert_eq!(answer(&mut supervisor, &mut now, CheckResult::Healthy), None);
     assert_eq!(supervisor.state(), AgentState::Running);
-    assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
+    assert_eq!(answer(&mut supervisor, &mut now, unhealthy()), None);
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
     assert_eq!(supervisor.last_error(), Some("its health check fails: no answer"));
-    assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
-    assert_eq!(answer(&mut supervisor, &mut now, sick()), Some(SupervisorAction::Stop));
-    // Until it is down it is what it was.
+    assert_eq!(answer(&mut supervisor, &mut now, unhealthy()), None);
+    assert_eq!(answer(&mut supervisor, &mut now, unhealthy()), Some(SupervisorAction::Stop));
+    // Until it is down it keeps its state.
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
     assert_eq!(
         supervisor.step(SupervisorEvent::Stopped, now, 0.0),
         Some(SupervisorAction::Start),
-        "the first time at once"
+        "the first restart is immediate"
     );
     assert_eq!((supervisor.restarts(), supervisor.state()), (1, AgentState::Starting));
-    assert_eq!(supervisor.last_error(), Some("stopped to be started again: its health check fails: no answer"));
+    assert_eq!(supervisor.last_error(), Some("restarted: its health check fails: no answer"));
 
     let mut delays = vec![];
     for _ in 0..8 {
         supervisor.step(SupervisorEvent::Started { pid: 8 }, now, 0.0);
-        while answer(&mut supervisor, &mut now, sick()).is_none() {}
+        while answer(&mut supervisor, &mut now, unhealthy()).is_none() {}
         assert_eq!(supervisor.step(SupervisorEvent::Stopped, now, 0.0), None);
         assert_eq!(supervisor.state(), AgentState::Backoff);
         let until = supervisor.starts_at().unwrap();
@@ -165,28 +165,28 @@ fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
         now = until;
         assert_eq!(supervisor.step(SupervisorEvent::Tick, now, 0.0), Some(SupervisorAction::Start));
     }
-    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60], "to run without being well is no healthy time");
+    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60], "running without being healthy does not reset the count");
 
     supervisor.step(SupervisorEvent::Started { pid: 9 }, now, 0.0);
     for _ in 0..4 {
         answer(&mut supervisor, &mut now, CheckResult::Healthy);
     }
-    while answer(&mut supervisor, &mut now, sick()).is_none() {}
+    while answer(&mut supervisor, &mut now, unhealthy()).is_none() {}
     assert_eq!(
         supervisor.step(SupervisorEvent::Stopped, now, 0.0),
         Some(SupervisorAction::Start),
-        "to be well for long enough is"
+        "a healthy period resets the count"
     );
 }
 
 #[test]
-fn a_check_that_succeeds_again_takes_back_what_the_failures_said() {
+fn a_successful_check_clears_the_failures() {
     let mut now = Instant::now();
     let mut supervisor = running(checked(), now);
     answer(&mut supervisor, &mut now, CheckResult::Healthy);
     for _ in 0..9 {
-        answer(&mut supervisor, &mut now, sick());
-        answer(&mut supervisor, &mut now, sick());
+        answer(&mut supervisor, &mut now, unhealthy());
+        answer(&mut supervisor, &mut now, unhealthy());
         assert_eq!(supervisor.state(), AgentState::Unhealthy);
         assert_eq!(answer(&mut supervisor, &mut now, CheckResult::Healthy), None);
         assert_eq!((supervisor.state(), supervisor.last_error()), (AgentState::Running, None));
@@ -195,32 +195,33 @@ fn a_check_that_succeeds_again_takes_back_what_the_failures_said() {
 }
 
 #[test]
-fn what_is_never_to_be_restarted_is_left_running_unhealthy() {
+fn with_policy_never_an_unhealthy_process_keeps_running() {
     let mut now = Instant::now();
     let mut supervisor = running(RestartPolicy { restart: Restart::Never, ..checked() }, now);
     for _ in 0..20 {
-        assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
+        assert_eq!(answer(&mut supervisor, &mut now, unhealthy()), None);
     }
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
     let mut on_failure = running(RestartPolicy { restart: Restart::OnFailure, ..checked() }, now);
-    while answer(&mut on_failure, &mut now, sick()).is_none() {}
+    while answer(&mut on_failure, &mut now, unhealthy()).is_none() {}
     assert_eq!(on_failure.step(SupervisorEvent::Stopped, now, 0.0), Some(SupervisorAction::Start));
 }
 
 #[test]
-fn a_word_that_comes_while_the_unhealthy_is_stopped_is_what_counts() {
-    for (word, action) in [(SupervisorEvent::Rest, None), (SupervisorEvent::Again, Some(SupervisorAction::Start))] {
+fn a_request_during_the_stop_of_an_unhealthy_process_takes_precedence() {
+    for (request, action) in [(SupervisorEvent::Stop, None), (SupervisorEvent::Restart, Some(SupervisorAction::Start))]
+    {
         let mut now = Instant::now();
         let mut supervisor = running(checked(), now);
-        while answer(&mut supervisor, &mut now, sick()).is_none() {}
-        assert_eq!(supervisor.step(word, now, 0.0), None);
+        while answer(&mut supervisor, &mut now, unhealthy()).is_none() {}
+        assert_eq!(supervisor.step(request, now, 0.0), None);
         assert_eq!(supervisor.step(SupervisorEvent::Stopped, now, 0.0), action);
         assert_eq!((supervisor.restarts(), supervisor.failures()), (0, 0));
     }
 }
 
 #[test]
-fn an_adopted_one_is_asked_on_and_its_start_period_counts_from_its_start() {
+fn an_adopted_process_is_checked_and_its_start_period_counts_from_its_start() {
     let now = Instant::now();
     let age = Duration::from_secs(20);
     let mut supervisor = Supervisor::new(checked(), 3);
@@ -232,10 +233,10 @@ fn an_adopted_one_is_asked_on_and_its_start_period_counts_from_its_start() {
 }
 
 #[test]
-fn what_is_being_stopped_is_not_said_to_be_stopped() {
+fn a_process_is_not_reported_stopped_before_it_has_exited() {
     let now = Instant::now();
     let mut supervisor = running(RestartPolicy::default(), now);
-    assert_eq!(supervisor.step(SupervisorEvent::Rest, now, 0.0), Some(SupervisorAction::Stop));
+    assert_eq!(supervisor.step(SupervisorEvent::Stop, now, 0.0), Some(SupervisorAction::Stop));
     assert_eq!((supervisor.state(), supervisor.pid(), supervisor.is_up()), (AgentState::Running, Some(7), false));
     supervisor.step(SupervisorEvent::Stopped, now, 0.0);
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Stopped, None));
@@ -243,7 +244,7 @@ fn what_is_being_stopped_is_not_said_to_be_stopped() {
 
 fn any_answer() -> impl Strategy<Value = CheckResult> {
     prop_oneof![
-        3 => Just(sick()),
+        3 => Just(unhealthy()),
         2 => Just(CheckResult::Healthy),
         1 => Just(CheckResult::Gone(String::new())),
         1 => Just(CheckResult::Unknown(String::new())),
@@ -266,8 +267,8 @@ fn any_policy() -> impl Strategy<Value = RestartPolicy> {
 fn any_event() -> impl Strategy<Value = SupervisorEvent> {
     prop_oneof![
         Just(SupervisorEvent::Run),
-        Just(SupervisorEvent::Rest),
-        Just(SupervisorEvent::Again),
+        Just(SupervisorEvent::Stop),
+        Just(SupervisorEvent::Restart),
         Just(SupervisorEvent::Started { pid: 1 }),
         Just(SupervisorEvent::StartFailed { why: String::new() }),
         any::<Option<bool>>().prop_map(|success| SupervisorEvent::Exited { success, how: String::new() }),
@@ -277,38 +278,38 @@ fn any_event() -> impl Strategy<Value = SupervisorEvent> {
     ]
 }
 
-/// What happens in a world where everything asked for is done, and told, sooner or later.
+/// The events of a model in which every requested action completes and is reported sooner or later.
 #[derive(Debug, Clone)]
-enum Happening {
-    /// The next deadline comes.
+enum ModelEvent {
+    /// The next deadline passes.
     Later,
-    /// So many seconds pass.
+    /// Seconds pass.
     Pass(u64),
-    /// The start or stop under way comes to its end; a start, well or not.
+    /// The start or stop under way completes; a start, with or without success.
     Done(bool),
-    /// The check under way does.
+    /// The check under way completes.
     Answered(CheckResult),
-    /// The process ends.
+    /// The process exits.
     Ends(Option<bool>),
     Asked(SupervisorEvent),
 }
 
-fn any_happening() -> impl Strategy<Value = Happening> {
+fn any_model_event() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
-        4 => Just(Happening::Later),
-        1 => (0..40_u64).prop_map(Happening::Pass),
-        4 => any::<bool>().prop_map(Happening::Done),
-        3 => any_answer().prop_map(Happening::Answered),
-        1 => any::<Option<bool>>().prop_map(Happening::Ends),
-        1 => prop_oneof![Just(SupervisorEvent::Run), Just(SupervisorEvent::Rest), Just(SupervisorEvent::Again)].prop_map(Happening::Asked),
+        4 => Just(ModelEvent::Later),
+        1 => (0..40_u64).prop_map(ModelEvent::Pass),
+        4 => any::<bool>().prop_map(ModelEvent::Done),
+        3 => any_answer().prop_map(ModelEvent::Answered),
+        1 => any::<Option<bool>>().prop_map(ModelEvent::Ends),
+        1 => prop_oneof![Just(SupervisorEvent::Run), Just(SupervisorEvent::Stop), Just(SupervisorEvent::Restart)].prop_map(ModelEvent::Asked),
     ]
 }
 
-/// A world with one sub-agent in it.
-struct World {
+/// The model of one sub-agent.
+struct Model {
     supervisor: Supervisor,
     now: Instant,
-    /// Its process runs, as far as the world goes.
+    /// Its process runs.
     alive: bool,
     starting: bool,
     stopping: bool,
@@ -316,96 +317,99 @@ struct World {
     starts: Vec<Instant>,
 }
 
-impl World {
-    fn new(policy: RestartPolicy) -> World {
+impl Model {
+    fn new(policy: RestartPolicy) -> Model {
         let supervisor = Supervisor::new(policy, 0);
         let now = Instant::now();
-        World { supervisor, now, alive: false, starting: false, stopping: false, checking: false, starts: vec![] }
+        Model { supervisor, now, alive: false, starting: false, stopping: false, checking: false, starts: vec![] }
     }
 
-    fn tell(&mut self, event: SupervisorEvent) {
+    fn send(&mut self, event: SupervisorEvent) {
         let wanted = match event {
             SupervisorEvent::Run => true,
-            SupervisorEvent::Rest => false,
+            SupervisorEvent::Stop => false,
             _ => self.supervisor.wanted(),
         };
         match self.supervisor.step(event, self.now, 0.5) {
             Some(SupervisorAction::Start) => {
-                assert!(wanted, "started although it is to rest");
-                assert!(!self.alive && !self.starting && !self.stopping, "started beside what runs or is under way");
+                assert!(wanted, "started although it should be stopped");
+                assert!(!self.alive && !self.starting && !self.stopping, "started while a process or an action exists");
                 self.starting = true;
                 self.starts.push(self.now);
             }
             Some(SupervisorAction::Stop) => {
-                assert!(!self.starting && !self.stopping, "stopped while something is under way");
+                assert!(!self.starting && !self.stopping, "stopped while an action is under way");
                 self.stopping = true;
             }
             Some(SupervisorAction::Check) => {
-                assert!(self.alive && !self.checking && !self.stopping, "checked twice at a time, or what is not up");
+                assert!(
+                    self.alive && !self.checking && !self.stopping,
+                    "two checks at a time, or a check without a process"
+                );
                 self.checking = true;
             }
             None => {}
         }
-        self.hold();
+        self.check_rules();
     }
 
-    /// What holds at any time.
-    fn hold(&self) {
+    /// The rules that hold at any time.
+    fn check_rules(&self) {
         let Supervisor { wanted, policy, .. } = self.supervisor;
-        let goes_on = self.alive || self.starting || self.stopping || self.supervisor.deadline().is_some();
+        let is_alive_or_due = self.alive || self.starting || self.stopping || self.supervisor.deadline().is_some();
         let done = policy.restart != Restart::Always && self.supervisor.state() == AgentState::Stopped;
-        assert!(!wanted || goes_on || done, "given up: {:?}", self.supervisor);
+        assert!(!wanted || is_alive_or_due || done, "given up: {:?}", self.supervisor);
         assert_eq!(self.supervisor.pid().is_some(), self.alive, "{:?}", self.supervisor);
         assert_eq!(self.supervisor.is_down(), !self.alive && !self.starting && !self.stopping);
         if self.supervisor.is_up() && policy.checks.is_some() {
-            assert!(self.checking || self.supervisor.deadline().is_some(), "no check will come any more");
+            assert!(self.checking || self.supervisor.deadline().is_some(), "no check is due");
         }
     }
 
-    fn happen(&mut self, happening: Happening) {
-        match happening {
-            Happening::Later => {
+    fn apply(&mut self, event: ModelEvent) {
+        match event {
+            ModelEvent::Later => {
                 let Some(deadline) = self.supervisor.deadline() else { return };
                 self.now = self.now.max(deadline);
-                self.tell(SupervisorEvent::Tick);
+                self.send(SupervisorEvent::Tick);
             }
-            Happening::Pass(seconds) => {
+            ModelEvent::Pass(seconds) => {
                 self.now += Duration::from_secs(seconds);
-                self.tell(SupervisorEvent::Tick);
+                self.send(SupervisorEvent::Tick);
             }
-            Happening::Done(well) if self.starting => {
+            ModelEvent::Done(well) if self.starting => {
                 self.starting = false;
                 self.alive = well;
-                self.tell(if well {
+                self.send(if well {
                     SupervisorEvent::Started { pid: 1 }
                 } else {
                     SupervisorEvent::StartFailed { why: String::new() }
                 });
             }
-            Happening::Done(_) if self.stopping => {
-                // Whoever was asked after it has no answer to give any more.
+            ModelEvent::Done(_) if self.stopping => {
+                // A check of the stopped process has no result any more.
                 (self.stopping, self.alive, self.checking) = (false, false, false);
-                self.tell(SupervisorEvent::Stopped);
+                self.send(SupervisorEvent::Stopped);
             }
-            Happening::Answered(answer) if self.checking => {
+            ModelEvent::Answered(answer) if self.checking => {
                 self.checking = false;
-                self.tell(SupervisorEvent::Checked(answer));
+                self.send(SupervisorEvent::Checked(answer));
             }
-            // The end of what is being stopped is part of the stop.
-            Happening::Ends(success) if self.alive && !self.stopping => {
+            // The exit of a process that is being stopped is part of the stop.
+            ModelEvent::Ends(success) if self.alive && !self.stopping => {
                 (self.alive, self.checking) = (false, false);
-                self.tell(SupervisorEvent::Exited { success, how: String::new() });
+                self.send(SupervisorEvent::Exited { success, how: String::new() });
             }
-            Happening::Asked(event) => self.tell(event),
-            Happening::Done(_) | Happening::Answered(_) | Happening::Ends(_) => {}
+            ModelEvent::Asked(event) => self.send(event),
+            ModelEvent::Done(_) | ModelEvent::Answered(_) | ModelEvent::Ends(_) => {}
         }
     }
 }
 
 proptest! {
-    /// Whatever happens in whatever order: wanted and answered truthfully from then on, it comes up; not wanted, it ends down.
+    /// After any events, with truthful results from then on: a sub-agent that should run starts, any other stops.
     #[test]
-    fn it_always_gets_where_it_is_wanted(
+    fn the_desired_state_is_always_reached(
         policy in any_policy(),
         events in proptest::collection::vec(any_event(), 0..40),
         wanted: bool,
@@ -415,7 +419,7 @@ proptest! {
         for event in events {
             supervisor.step(event, now, 0.5);
         }
-        let mut next = supervisor.step(if wanted { SupervisorEvent::Run } else { SupervisorEvent::Rest }, now, 0.5);
+        let mut next = supervisor.step(if wanted { SupervisorEvent::Run } else { SupervisorEvent::Stop }, now, 0.5);
         for _ in 0..5 {
             let event = match (next.take(), &supervisor.phase) {
                 (Some(SupervisorAction::Start), _) | (None, SupervisorPhase::Starting) => SupervisorEvent::Started { pid: 2 },
@@ -428,45 +432,45 @@ proptest! {
         prop_assert_eq!(supervisor.pid().is_some(), wanted);
     }
 
-    /// Never two at a time, never one that is not wanted, never given up, never a check beside another or none to come.
+    /// Never two processes, never an unwanted one, never given up, and exactly one check at a time.
     #[test]
-    fn in_any_world_there_is_one_or_one_to_come_and_never_two(
+    fn there_are_never_two_processes_and_a_wanted_one_is_never_given_up(
         policy in any_policy(),
-        happenings in proptest::collection::vec(any_happening(), 0..200),
+        events in proptest::collection::vec(any_model_event(), 0..200),
     ) {
-        let mut world = World::new(policy);
-        for happening in happenings {
-            world.happen(happening);
+        let mut model = Model::new(policy);
+        for event in events {
+            model.apply(event);
         }
     }
 
-    /// However fast it fails and in whatever way, the starts that nobody asked for are bounded in any window of time.
+    /// However fast and in whatever way it fails, the number of restarts in any window of time is bounded.
     #[test]
-    fn it_never_spins(
+    fn restarts_are_bounded_in_any_window(
         policy in any_policy(),
-        happenings in proptest::collection::vec(any_happening(), 0..400),
+        events in proptest::collection::vec(any_model_event(), 0..400),
         at_once: bool,
     ) {
-        let mut world = World::new(policy);
-        world.tell(SupervisorEvent::Run);
-        for happening in happenings {
-            match happening {
-                Happening::Asked(_) => {}
-                // As fast as can be: whatever is started has failed already.
-                _ if at_once && world.starting => world.happen(Happening::Done(false)),
-                happening => world.happen(happening),
+        let mut model = Model::new(policy);
+        model.send(SupervisorEvent::Run);
+        for event in events {
+            match event {
+                ModelEvent::Asked(_) => {}
+                // As fast as possible: each start fails at once.
+                _ if at_once && model.starting => model.apply(ModelEvent::Done(false)),
+                event => model.apply(event),
             }
         }
-        // At once, at once again, and after 7/8 of 1, 2, 4, 8 and 16 seconds.
-        for (n, start) in world.starts.iter().enumerate() {
-            let within = world.starts[n..].iter().take_while(|other| **other - *start < policy.healthy).count();
+        // At once, again at once, and after 7/8 of 1, 2, 4, 8 and 16 seconds.
+        for (n, start) in model.starts.iter().enumerate() {
+            let within = model.starts[n..].iter().take_while(|other| **other - *start < policy.healthy).count();
             prop_assert!(within <= 7, "{within} starts within {:?}", policy.healthy);
         }
     }
 
-    /// The same events at the same times come to the same.
+    /// The same events at the same times have the same results.
     #[test]
-    fn it_is_the_same_every_time(policy in any_policy(), events in proptest::collection::vec((any_event(), 0..50_u64), 0..60)) {
+    fn the_same_events_have_the_same_results(policy in any_policy(), events in proptest::collection::vec((any_event(), 0..50_u64), 0..60)) {
         let start = Instant::now();
         let run = || {
             let (mut now, mut supervisor, mut actions) = (start, Supervisor::new(policy, 0), vec![]);

@@ -1,23 +1,23 @@
-//! What a role observes before it decides about an upgrade, and the limits that it decides by.
+//! What a role observes before it decides about an upgrade, and the limits of the trial.
 
 use std::time::Duration;
 
 use super::record::{Trial, UpgradePhase};
 use crate::core::model::Digest;
 
-/// Who decides.
+/// The program that decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decider {
-    /// The manager. It prepares and makes the switch.
+    /// The manager. It prepares and performs the switch.
     Manager,
-    /// The watchdog. It judges.
+    /// The watchdog. It evaluates the trial.
     Watchdog,
     /// The installer, with both roles stopped.
     Installer,
 }
 
-/// A program, by its bytes; where both releases have the same, by the file that it was started from (the watchdog) or the release that
-/// it reports (the manager).
+/// A release, identified by its executable; if both releases have the same bytes, by the file from which it was started (the watchdog) or by
+/// the version that it reports (the manager).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WhichRelease {
     From,
@@ -25,20 +25,20 @@ pub enum WhichRelease {
     Other,
 }
 
-/// Which executable `bin/aops` is.
+/// The executable at `bin/aops`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum InstalledExecutable {
     From,
     To,
-    /// Both releases have the same bytes, and it is them.
+    /// Both releases have the same bytes, and it is this file.
     Both,
-    /// Another: a package manager, or an operator, put it there.
+    /// A different file, from a package manager or an operator.
     Neither,
     Missing,
 }
 
 impl InstalledExecutable {
-    /// `executable`: the SHA-256 of `bin/aops`, where it is there.
+    /// `executable`: the SHA-256 of `bin/aops`, if it exists.
     pub fn of(trial: &Trial, executable: Option<&Digest>) -> InstalledExecutable {
         let Some(executable) = executable else { return InstalledExecutable::Missing };
         match (*executable == trial.from.executable, *executable == trial.to.executable) {
@@ -50,7 +50,7 @@ impl InstalledExecutable {
     }
 }
 
-/// Where the role links lead that a self-upgrade moves: all but the manager's.
+/// The target of the role links that a self-upgrade changes: all except the manager's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RoleLinks {
     /// All to `bin/aops`.
@@ -60,28 +60,28 @@ pub enum RoleLinks {
     Mixed,
 }
 
-/// The manager that runs.
+/// The running manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ManagerEvidence {
     pub image: WhichRelease,
-    /// How long it has lived without interruption since its first answer; `None`: it has not answered.
+    /// How long it has run since its first answer. `None`: it has not answered.
     pub answered: Option<Duration>,
-    /// It is in charge of every sub-agent that ran when it started.
+    /// It has adopted every sub-agent that ran when it started.
     pub adopted: bool,
-    /// One of its heartbeats has succeeded.
+    /// One of its heartbeats succeeded.
     pub heartbeat: bool,
-    /// It uses more than `spmMaxMem`, at several looks in a row.
+    /// It used more than `spmMaxMem` at several checks in a row.
     pub over_memory: bool,
 }
 
-/// A heartbeat sent by the old program, as a one-shot.
+/// A heartbeat that the old program sends, as a one-shot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     NotAsked,
     Running,
-    /// It was answered, so long ago.
+    /// It succeeded, this long ago.
     Works(Duration),
-    /// It was not answered, so long ago.
+    /// It failed, this long ago.
     Fails(Duration),
 }
 
@@ -91,19 +91,19 @@ pub enum Proof {
     NotBegun,
     Running,
     Passed,
-    /// And the failure is not yet in the record. Once it is, the next proof has not begun.
+    /// It failed, and the record does not count this yet. Once it does, the state is [`Proof::NotBegun`].
     Failed,
 }
 
-/// Everything that is observed. What concerns the new manager alone is of the process that runs: it begins anew with each.
+/// All that a role observes. Facts about the new manager are those of its current process and are reset with each new process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evidence {
-    pub asker: Decider,
-    /// The record is as it was read or written; otherwise an upgrade has begun in memory alone.
+    pub decider: Decider,
+    /// The record on disk is current; otherwise an upgrade has begun in memory only.
     pub recorded: bool,
     /// Without a record: [`InstalledExecutable::Missing`] or [`InstalledExecutable::Neither`].
     pub executable: InstalledExecutable,
-    /// `bin/aops.prev` is the old executable, whole; without a record, any executable that runs.
+    /// `bin/aops.prev` is the complete old executable; without a record, any executable that runs.
     pub backup_whole: bool,
     pub links: RoleLinks,
     /// The release that `state/manager.json` names.
@@ -111,11 +111,11 @@ pub struct Evidence {
     /// The new executable is in `staging`, and this manager can switch to it.
     pub staged: bool,
     pub manager: Option<ManagerEvidence>,
-    /// The watchdog that runs; of a watchdog that asks, its own program.
+    /// The running watchdog; if a watchdog decides, its own program.
     pub watchdog: Option<WhichRelease>,
-    /// The new manager has died, or was killed because it hung, and the record does not count it yet.
+    /// The new manager died, or was killed because it hung, and the record does not count this yet.
     pub died: bool,
-    /// This watchdog found the new manager running when it started, and the record does not count the watchdog before it as lost yet.
+    /// The new manager already ran when this watchdog started, and the record does not count the lost watchdog yet.
     pub took_over: bool,
     pub probe: Probe,
     pub proof: Proof,
@@ -124,14 +124,14 @@ pub struct Evidence {
 }
 
 impl Evidence {
-    /// What a manager takes for granted that has just started, and has looked at nothing but the record.
+    /// The assumptions of a manager that has just started and has only read the record.
     pub fn of(trial: &Trial) -> Evidence {
         let (executable, image) = match trial.phase {
             UpgradePhase::Switching | UpgradePhase::RollingBack => (InstalledExecutable::From, WhichRelease::From),
             UpgradePhase::Trial | UpgradePhase::Committing => (InstalledExecutable::To, WhichRelease::To),
         };
         Evidence {
-            asker: Decider::Manager,
+            decider: Decider::Manager,
             recorded: true,
             executable,
             backup_whole: true,
@@ -155,16 +155,16 @@ impl Evidence {
     }
 }
 
-/// What a new release is granted.
+/// The limits of a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrialLimits {
-    /// `upgradeTrial`: it lives this long after its first answer, without interruption, before it is committed.
+    /// `upgradeTrial`: how long the new manager must run after its first answer before it is committed.
     pub minimum_life: Duration,
-    /// Of judged time, until it has answered and adopted.
+    /// The time, without pauses, until it must have answered and adopted.
     pub first_answer: Duration,
-    /// After the old program's heartbeat has succeeded, the new manager gets this long to send one: its retry may be due only then.
+    /// After the old program's heartbeat has succeeded, the new manager has this long to send one: its retry may be due only then.
     pub heartbeat_grace: Duration,
-    /// Between two heartbeats of the old program while neither succeeds.
+    /// Between two heartbeats of the old program while neither program succeeds.
     pub probe_pause: Duration,
     pub deaths: u32,
     pub failed_proofs: u32,
@@ -172,7 +172,7 @@ pub struct TrialLimits {
 }
 
 impl TrialLimits {
-    /// With this `upgradeTrial`; it may take twice as long until something is first heard of the new manager.
+    /// The limits for this `upgradeTrial`; the first answer may take twice as long.
     pub fn of(trial: Duration) -> TrialLimits {
         TrialLimits {
             minimum_life: trial,

@@ -1,8 +1,8 @@
 //! `state/upgrade.json`: the manager's upgrade that is under way, and the releases that are not to be tried again.
 //!
-//! It is loaded, changed by these verbs, which touch no disk, and written. Every part keeps the fields that a later version added, so that
-//! both programs of a trial can write it. A count only grows while a trial lasts: a record that is written back late loses a count, and
-//! cannot grant a release more than it has.
+//! It is loaded, changed by these verbs, which do not access the disk, and written. Every part keeps the fields that a later version added, so
+//! that both programs of a trial can write it. Counts only grow during a trial: if an older copy of the record is written late, a count is
+//! lost, but a release never gets more than its limits.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ use crate::core::unknown::UnknownFields;
 
 /// The number of skipped releases that are remembered.
 const MAX_SKIPPED: usize = 16;
-/// The number of upgrades whose end is kept until it is reported.
+/// The number of finished upgrades that are kept until they are reported.
 const MAX_ENDED: usize = 16;
 /// A release whose switch was interrupted this often is skipped.
 const MAX_INTERRUPTIONS: u32 = 3;
@@ -25,7 +25,7 @@ pub struct Image {
     pub version: Version,
     /// Of the package.
     pub sha256: Digest,
-    /// SHA-256 of the executable file. Two releases may have the same.
+    /// SHA-256 of the executable file. Two releases can have the same.
     pub executable: Digest,
     /// Of the package's signed comment.
     #[serde(default)]
@@ -33,26 +33,26 @@ pub struct Image {
     /// The package's file name.
     #[serde(default)]
     pub file: String,
-    /// Public keys that the package brings. They count once it is committed.
+    /// Public keys that the package adds. They take effect when it is committed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub brings: Vec<String>,
     /// Public keys that the package revokes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub revokes: Vec<String>,
-    /// Another gateway that the package brings. It is on trial with it, and is kept once it is committed.
+    /// A new gateway endpoint that the package contains. It is on trial with the package and kept once that is committed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<NewEndpoint>,
     #[serde(flatten)]
     pub unknown: UnknownFields,
 }
 
-/// Another gateway for a host: a few of the settings.
+/// A new gateway endpoint: part of the settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NewEndpoint {
-    /// As `etc/endpoint.toml` of the package says it.
+    /// The content of the package's `etc/endpoint.toml`.
     pub settings: String,
-    /// The certificates that it names, in PEM.
+    /// The certificates that it refers to, in PEM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_cert: Option<String>,
 }
@@ -64,21 +64,21 @@ impl Image {
     }
 }
 
-/// How far an upgrade is.
+/// The phase of an upgrade.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum UpgradePhase {
-    /// `bin/aops` is about to be switched. Whether it was, the file tells; where both releases have the same bytes, it was not.
+    /// `bin/aops` is about to be switched. The file shows whether it was; if both releases have the same bytes, it was not.
     Switching,
-    /// The new release is in place and on trial.
+    /// The new release is installed and on trial.
     Trial,
-    /// It is accepted.
+    /// The new release is accepted.
     Committing,
-    /// It is given up for the old one.
+    /// The new release is rolled back.
     RollingBack,
 }
 
-/// What the operator decided about a trial.
+/// The operator's decision about a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum OperatorDecision {
@@ -93,22 +93,22 @@ pub struct Trial {
     pub from: Image,
     pub to: Image,
     pub phase: UpgradePhase,
-    /// When it began, in seconds since 1970; for the report alone.
+    /// When it began, in seconds since 1970; only for the report.
     #[serde(default)]
     pub began: u64,
-    /// Seconds of judged time in which the new manager was not in charge: it had not answered, or not adopted the sub-agents.
+    /// Seconds, without pauses, in which the new manager had not answered or not adopted the sub-agents.
     #[serde(default)]
     pub spent_seconds: u64,
-    /// How often the new manager died.
+    /// Deaths of the new manager.
     #[serde(default)]
     pub deaths: u32,
-    /// How often the new watchdog failed its proof.
+    /// Failed proofs of the new watchdog.
     #[serde(default)]
     pub failed_proofs: u32,
-    /// How often the watchdog ended while the new manager ran.
+    /// Exits of the watchdog while the new manager ran.
     #[serde(default)]
     pub lost_watchdogs: u32,
-    /// Why it is rolled back, or committed without having passed; for an operator to read.
+    /// Why it is rolled back, or committed without a passed trial; for an operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// The roll back skips the new release.
@@ -127,13 +127,13 @@ pub struct SkippedImage {
     pub version: Version,
     /// Of the package: another package of the same version is not skipped.
     pub sha256: Digest,
-    /// Why, for an operator to read.
+    /// Why, for an operator.
     pub reason: String,
     #[serde(flatten)]
     pub unknown: UnknownFields,
 }
 
-/// How often in a row the switch to one release was interrupted.
+/// Interruptions in a row of the switch to one release.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Interruptions {
@@ -144,11 +144,11 @@ pub struct Interruptions {
     pub unknown: UnknownFields,
 }
 
-/// What an operator's change of the manager overrules: the order of then.
+/// The order that was in force when an operator changed the manager. It is overruled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OverruledUpgrade {
-    /// `None`: nothing was ordered.
+    /// `None`: there was no order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<Version>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -157,7 +157,7 @@ pub struct OverruledUpgrade {
     pub unknown: UnknownFields,
 }
 
-/// How an upgrade ended, until it is reported.
+/// A finished upgrade that is not reported yet.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FinishedUpgrade {
@@ -167,7 +167,7 @@ pub struct FinishedUpgrade {
     #[serde(default)]
     pub began: u64,
     pub end: UpgradeEnd,
-    /// Why it was rolled back, or committed without having passed.
+    /// Why it was rolled back, or committed without a passed trial.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// The new release is skipped from now on.
@@ -177,13 +177,13 @@ pub struct FinishedUpgrade {
     pub unknown: UnknownFields,
 }
 
-/// To which end an upgrade came.
+/// The outcome of an upgrade.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum UpgradeEnd {
     Committed,
     RolledBack,
-    /// Given up before the switch, or because somebody else replaced `bin/aops`.
+    /// Dropped before the switch, or because another program replaced `bin/aops`.
     GivenUp,
 }
 
@@ -193,10 +193,10 @@ pub enum UpgradeEnd {
 pub struct UpgradeRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) trial: Option<Trial>,
-    /// The release before the current one, of which `bin/aops.prev` is a copy.
+    /// The previous release, of which `bin/aops.prev` is a copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     previous: Option<Image>,
-    /// An operator changed the manager: this order does not count any more.
+    /// An operator changed the manager: this order is not followed any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     overruled: Option<OverruledUpgrade>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -209,18 +209,18 @@ pub struct UpgradeRecord {
     unknown: UnknownFields,
 }
 
-/// Why an upgrade does not begin.
+/// Why an upgrade cannot begin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpgradeRefusal {
     /// Another upgrade is under way.
     UnderWay,
-    /// It is the release that runs.
+    /// This release runs already.
     Running,
-    /// It is skipped, for this reason.
+    /// The release is skipped, with the reason.
     Skipped(String),
 }
 
-/// Why a trial ends otherwise than by passing.
+/// Why a trial ends without passing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TrialEndReason {
     /// The new manager died too often.
@@ -231,12 +231,12 @@ pub enum TrialEndReason {
     Memory,
     /// The new watchdog failed its proof too often.
     Proof,
-    /// The watchdog ended too often while the new manager ran.
-    WatchdogEnded,
+    /// The watchdog exited too often while the new manager ran.
+    WatchdogExited,
     /// `bin/aops` is missing.
-    Vanished,
+    ExecutableMissing,
     Aborted,
-    /// The installer puts another release in place.
+    /// The installer installs another release.
     Installer,
     Forced,
     NoBackup,
@@ -248,44 +248,44 @@ impl fmt::Display for TrialEndReason {
             TrialEndReason::Died => "the new manager died repeatedly",
             TrialEndReason::NoAnswer => "the new manager did not answer in time",
             TrialEndReason::NotAdopted => "the new manager did not adopt the sub-agents in time",
-            TrialEndReason::NoHeartbeat => "the new manager sent no heartbeat while the old program could",
+            TrialEndReason::NoHeartbeat => "the new manager could not send a heartbeat, but the previous release could",
             TrialEndReason::Memory => {
-                "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes"
+                "the new manager used too many resources: more memory than spmMaxMem, or hundreds of processes"
             }
             TrialEndReason::Proof => "the new watchdog failed its proof",
-            TrialEndReason::WatchdogEnded => "the watchdog ended repeatedly while the new manager ran",
-            TrialEndReason::Vanished => "bin/aops disappeared",
+            TrialEndReason::WatchdogExited => "the watchdog exited repeatedly while the new manager ran",
+            TrialEndReason::ExecutableMissing => "bin/aops is missing",
             TrialEndReason::Aborted => "aborted by the operator",
             TrialEndReason::Installer => "replaced by the installer",
             TrialEndReason::Forced => "committed by the operator",
-            TrialEndReason::NoBackup => "no whole backup to roll back to",
+            TrialEndReason::NoBackup => "there is no intact backup to roll back to",
         })
     }
 }
 
-/// A change of the record that [`next`](super::next) asks for. [`UpgradeRecord::apply`] makes it.
+/// A change of the record that [`next`](super::next) requires. [`UpgradeRecord::apply`] applies it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RecordChange {
-    /// The switch has happened.
+    /// The switch is done.
     BeginTrial,
     /// The new manager died.
-    LoseTry,
-    LoseWatchdog,
-    FailProof,
-    /// The new manager is in charge: the time that it needed no longer counts.
+    CountDeath,
+    CountLostWatchdog,
+    CountFailedProof,
+    /// The new manager has answered and adopted: the time that it needed no longer counts.
     ResetTime,
     Commit(Option<TrialEndReason>),
     RollBack {
         reason: TrialEndReason,
-        condemns: bool,
+        skips: bool,
     },
-    /// The end of a commit.
-    Forget,
-    /// The end of a roll back that condemns the release.
-    SkipAndForget,
-    /// The upgrade is given up; no release is condemned.
+    /// A commit is complete.
+    Finish,
+    /// A roll back that skips the release is complete.
+    FinishAndSkip,
+    /// The upgrade is dropped without a skip.
     Drop,
-    /// The switch was interrupted, and the upgrade is given up until the release is staged again.
+    /// The switch was interrupted. The upgrade is dropped until the release is staged again.
     Interrupt,
 }
 
@@ -294,7 +294,7 @@ impl UpgradeRecord {
         self.trial.as_ref()
     }
 
-    /// An upgrade is about to begin. It counts from when the record is on disk.
+    /// Begins an upgrade. It takes effect once the record is on disk.
     pub fn begin(&mut self, from: Image, to: Image) -> Result<(), UpgradeRefusal> {
         if self.trial.is_some() {
             return Err(UpgradeRefusal::UnderWay);
@@ -323,14 +323,14 @@ impl UpgradeRecord {
         Ok(())
     }
 
-    /// Notes when the trial began, for the report.
+    /// Records when the trial began, for the report.
     pub fn begun_at(&mut self, unix_seconds: u64) {
         if let Some(trial) = &mut self.trial {
             trial.began = unix_seconds;
         }
     }
 
-    /// As [`UpgradeRecord::apply`]; if the change ends the upgrade, its outcome is kept until it is reported.
+    /// As [`UpgradeRecord::apply`]; the outcome of an upgrade that this ends is kept until it is reported.
     pub fn apply_and_keep(&mut self, change: RecordChange) -> bool {
         let before = self.trial.clone();
         let skips =
@@ -338,7 +338,7 @@ impl UpgradeRecord {
         let done = self.apply(change);
         let Some(trial) = before.filter(|_| done && self.trial.is_none()) else { return done };
         let (end, skipped) = match change {
-            RecordChange::Forget => (UpgradeEnd::Committed, false),
+            RecordChange::Finish => (UpgradeEnd::Committed, false),
             _ if trial.phase == UpgradePhase::RollingBack => (UpgradeEnd::RolledBack, skips(self, &trial)),
             _ => (UpgradeEnd::GivenUp, skips(self, &trial)),
         };
@@ -357,34 +357,34 @@ impl UpgradeRecord {
         done
     }
 
-    /// Keeps the end of an upgrade until it is reported.
+    /// Keeps the outcome of an upgrade until it is reported.
     pub fn keep(&mut self, ended: FinishedUpgrade) {
         self.ended.push(ended);
         let surplus = self.ended.len().saturating_sub(MAX_ENDED);
         self.ended.drain(..surplus);
     }
 
-    /// Ends that are not reported yet.
+    /// Outcomes that are not reported yet.
     pub fn ended(&self) -> &[FinishedUpgrade] {
         &self.ended
     }
 
-    /// These are reported.
-    pub fn forget_ended(&mut self, reported: &[FinishedUpgrade]) {
+    /// Removes reported outcomes.
+    pub fn remove_reported(&mut self, reported: &[FinishedUpgrade]) {
         self.ended.retain(|ended| !reported.contains(ended));
     }
 
-    /// The release that `bin/aops.prev` is.
+    /// The release of `bin/aops.prev`.
     pub fn previous(&self) -> Option<&Image> {
         self.previous.as_ref()
     }
 
-    /// The backup is being made anew.
+    /// The backup is being written again.
     pub fn forget_previous(&mut self) {
         self.previous = None;
     }
 
-    /// An operator has put this release in place by the installer: it may run, and the backup is none of it.
+    /// The installer installed this release for an operator: it may run, and the backup does not belong to it.
     pub fn replaced(&mut self, version: &Version) {
         self.skipped.retain(|skipped| skipped.version != *version);
         (self.previous, self.interruptions, self.overruled) = (None, None, None);
@@ -400,7 +400,7 @@ impl UpgradeRecord {
         });
     }
 
-    /// Whether an operator's change holds against this order.
+    /// Whether an operator's change overrules this order.
     pub fn overrules(&self, version: &Version, sha256: Option<&Digest>) -> bool {
         self.overruled.as_ref().is_some_and(|overruled| {
             overruled.version.as_ref() == Some(version) && (overruled.sha256.as_ref() == sha256)
@@ -411,25 +411,27 @@ impl UpgradeRecord {
         self.overruled.is_some()
     }
 
-    /// The gateway's order counts again. Whether it did not.
+    /// The gateway's order is followed again. Returns whether it was overruled.
     pub fn release_hold(&mut self) -> bool {
         self.overruled.take().is_some()
     }
 
-    /// Makes a change that was asked for. Whether it applies to the phase; otherwise nothing is changed.
+    /// Applies a change. Returns whether it fits the phase; otherwise nothing changes.
     pub fn apply(&mut self, change: RecordChange) -> bool {
         match change {
             RecordChange::BeginTrial => self.begin_trial(),
-            RecordChange::LoseTry => self.count(|trial| trial.deaths = trial.deaths.saturating_add(1)),
-            RecordChange::LoseWatchdog => {
+            RecordChange::CountDeath => self.count(|trial| trial.deaths = trial.deaths.saturating_add(1)),
+            RecordChange::CountLostWatchdog => {
                 self.count(|trial| trial.lost_watchdogs = trial.lost_watchdogs.saturating_add(1))
             }
-            RecordChange::FailProof => self.count(|trial| trial.failed_proofs = trial.failed_proofs.saturating_add(1)),
+            RecordChange::CountFailedProof => {
+                self.count(|trial| trial.failed_proofs = trial.failed_proofs.saturating_add(1))
+            }
             RecordChange::ResetTime => self.count(|trial| trial.spent_seconds = 0),
             RecordChange::Commit(reason) => self.commit(reason),
-            RecordChange::RollBack { reason, condemns } => self.roll_back(reason, condemns),
-            RecordChange::Forget => self.forget(),
-            RecordChange::SkipAndForget => self.skip_and_forget(),
+            RecordChange::RollBack { reason, skips } => self.roll_back(reason, skips),
+            RecordChange::Finish => self.finish(),
+            RecordChange::FinishAndSkip => self.finish_and_skip(),
             RecordChange::Drop => self.trial.take().is_some(),
             RecordChange::Interrupt => self.interrupt(),
         }
@@ -440,26 +442,26 @@ impl UpgradeRecord {
         self.enter(UpgradePhase::Trial, &[UpgradePhase::Switching], None).is_some()
     }
 
-    /// Counts judged time in which the new manager was not in charge. It is added in pieces, because a judge may end at any time.
+    /// Adds time in which the new manager was not ready, without pauses. It is added in parts, because the watchdog may exit at any time.
     pub fn spend(&mut self, seconds: u64) -> bool {
         self.count(|trial| trial.spent_seconds = trial.spent_seconds.saturating_add(seconds))
     }
 
-    /// The new release is accepted. `reason`: why, where it has not passed its trial.
+    /// Accepts the new release. `reason`: why, if it has not passed its trial.
     pub fn commit(&mut self, reason: Option<TrialEndReason>) -> bool {
         self.enter(UpgradePhase::Committing, &[UpgradePhase::Trial, UpgradePhase::RollingBack], reason).is_some()
     }
 
-    /// The new release is given up. `condemns`: it is skipped then.
-    pub fn roll_back(&mut self, reason: TrialEndReason, condemns: bool) -> bool {
+    /// Gives the new release up. `skips`: it is skipped afterwards.
+    pub fn roll_back(&mut self, reason: TrialEndReason, skips: bool) -> bool {
         match self.enter(UpgradePhase::RollingBack, &[UpgradePhase::Trial, UpgradePhase::Committing], Some(reason)) {
-            Some(trial) => trial.condemned = condemns,
+            Some(trial) => trial.condemned = skips,
             None => return false,
         }
         true
     }
 
-    /// The operator decides about the trial. What is decided already stays so, and there is nothing to commit before the switch.
+    /// Applies the operator's decision. An earlier decision stays, and before the switch there is nothing to commit.
     pub fn force(&mut self, force: OperatorDecision) -> bool {
         let Some(trial) = &mut self.trial else { return false };
         let decides = match (trial.phase, force) {
@@ -473,15 +475,15 @@ impl UpgradeRecord {
         decides
     }
 
-    /// The upgrade has ended with the new release in place.
-    pub fn forget(&mut self) -> bool {
+    /// The upgrade is complete, with the new release installed.
+    pub fn finish(&mut self) -> bool {
         let Some(trial) = self.trial.take_if(|trial| trial.phase == UpgradePhase::Committing) else { return false };
         self.skipped.retain(|skipped| skipped.version != trial.to.version);
         self.interruptions = None;
         true
     }
 
-    /// A release is not to be tried again. The running release is never skipped.
+    /// Records that a release is not to be tried again. The running release is never skipped.
     pub fn skip(&mut self, release: &Image, reason: String, running: &Image) {
         if release.is(running) {
             return;
@@ -493,24 +495,24 @@ impl UpgradeRecord {
         self.skipped.drain(..surplus);
     }
 
-    /// Whether and why a release is skipped.
+    /// The skip of this release, if there is one.
     pub fn skipped(&self, version: &Version, sha256: &Digest) -> Option<&SkippedImage> {
         self.skipped.iter().find(|skipped| skipped.version == *version && skipped.sha256 == *sha256)
     }
 
-    /// Whether an order of this release is skipped, and why; without a digest, whichever package of that version was.
+    /// The skip that applies to an order of this release; without a digest, of any package of that version.
     pub fn skips(&self, version: &Version, sha256: Option<&Digest>) -> Option<&SkippedImage> {
         let is_it = |skipped: &&SkippedImage| sha256.is_none_or(|sha256| skipped.sha256 == *sha256);
         self.skipped.iter().filter(|skipped| skipped.version == *version).find(is_it)
     }
 
-    /// Every release may be tried again (`control retry aops-spm`). Whether one could not.
-    pub fn allow(&mut self) -> bool {
+    /// Clears all skips (`control retry aops-spm`). Returns whether there were any.
+    pub fn clear_skips(&mut self) -> bool {
         self.interruptions = None;
         !std::mem::take(&mut self.skipped).is_empty()
     }
 
-    fn skip_and_forget(&mut self) -> bool {
+    fn finish_and_skip(&mut self) -> bool {
         let Some(trial) = self.trial.take() else { return false };
         let reason = trial.reason.unwrap_or_else(|| TrialEndReason::Aborted.to_string());
         self.skip(&trial.to, reason, &trial.from);

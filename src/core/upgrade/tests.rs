@@ -22,7 +22,7 @@ fn on_trial() -> UpgradeRecord {
     record
 }
 
-/// What the old manager sees when everything is ready for the switch.
+/// The old manager's evidence when everything is ready for the switch.
 fn ready() -> Evidence {
     let old = ManagerEvidence {
         image: WhichRelease::From,
@@ -32,7 +32,7 @@ fn ready() -> Evidence {
         over_memory: false,
     };
     Evidence {
-        asker: Decider::Manager,
+        decider: Decider::Manager,
         recorded: true,
         executable: InstalledExecutable::From,
         backup_whole: true,
@@ -49,10 +49,10 @@ fn ready() -> Evidence {
     }
 }
 
-/// What the judge sees of a new manager that has passed everything.
+/// The watchdog's evidence of a new manager that has passed everything.
 fn passed() -> Evidence {
     Evidence {
-        asker: Decider::Watchdog,
+        decider: Decider::Watchdog,
         executable: InstalledExecutable::To,
         staged: false,
         manager: Some(NEW),
@@ -74,11 +74,11 @@ fn step(record: &UpgradeRecord, evidence: Evidence) -> UpgradeStep {
 }
 
 fn back(reason: TrialEndReason) -> UpgradeStep {
-    UpgradeStep::Record(RecordChange::RollBack { reason, condemns: true })
+    UpgradeStep::Record(RecordChange::RollBack { reason, skips: true })
 }
 
 #[test]
-fn the_switch_follows_the_record_the_backup_and_the_links() {
+fn the_switch_comes_after_the_record_the_backup_and_the_links() {
     let home = Evidence { backup_whole: false, links: RoleLinks::Executable, ..ready() };
     for (evidence, expected) in [
         (Evidence { recorded: false, ..home }, UpgradeStep::Save),
@@ -87,9 +87,9 @@ fn the_switch_follows_the_record_the_backup_and_the_links() {
         (ready(), UpgradeStep::Swap),
         (Evidence { executable: InstalledExecutable::Both, ..ready() }, UpgradeStep::Record(RecordChange::BeginTrial)),
         (Evidence { executable: InstalledExecutable::To, ..ready() }, UpgradeStep::RestartManager),
-        (Evidence { asker: Decider::Watchdog, ..ready() }, UpgradeStep::Wait(Wait::OtherRole)),
+        (Evidence { decider: Decider::Watchdog, ..ready() }, UpgradeStep::Wait(Wait::OtherRole)),
         (
-            Evidence { asker: Decider::Watchdog, executable: InstalledExecutable::To, ..ready() },
+            Evidence { decider: Decider::Watchdog, executable: InstalledExecutable::To, ..ready() },
             UpgradeStep::Record(RecordChange::BeginTrial),
         ),
     ] {
@@ -98,17 +98,17 @@ fn the_switch_follows_the_record_the_backup_and_the_links() {
 }
 
 #[test]
-fn a_switch_that_cannot_happen_is_given_up_with_the_links_at_home() {
+fn an_impossible_switch_is_dropped_and_the_links_are_restored() {
     let end = |change| [UpgradeStep::LinkToExecutable, UpgradeStep::Record(change)];
     let mut aborted = begun();
     assert!(aborted.force(OperatorDecision::Abort));
     for (record, evidence, change) in [
         (begun(), Evidence { staged: false, ..ready() }, RecordChange::Interrupt),
         (begun(), Evidence { stopped: true, ..ready() }, RecordChange::Drop),
-        (begun(), Evidence { asker: Decider::Installer, manager: None, ..ready() }, RecordChange::Drop),
+        (begun(), Evidence { decider: Decider::Installer, manager: None, ..ready() }, RecordChange::Drop),
         (begun(), Evidence { executable: InstalledExecutable::Neither, ..ready() }, RecordChange::Drop),
-        (aborted, ready(), RecordChange::SkipAndForget),
-        (on_trial(), Evidence { asker: Decider::Watchdog, ..ready() }, RecordChange::Interrupt),
+        (aborted, ready(), RecordChange::FinishAndSkip),
+        (on_trial(), Evidence { decider: Decider::Watchdog, ..ready() }, RecordChange::Interrupt),
     ] {
         let steps = [evidence.links, RoleLinks::Executable].map(|links| step(&record, Evidence { links, ..evidence }));
         assert_eq!(steps, end(change), "{evidence:?}");
@@ -116,17 +116,17 @@ fn a_switch_that_cannot_happen_is_given_up_with_the_links_at_home() {
 }
 
 #[test]
-fn a_half_done_switch_of_windows_is_undone() {
+fn a_partial_switch_on_windows_is_undone() {
     let missing = Evidence { executable: InstalledExecutable::Missing, ..ready() };
     assert_eq!(step(&begun(), missing), UpgradeStep::Restore);
-    let judge = Evidence { asker: Decider::Watchdog, ..missing };
-    assert_eq!(step(&begun(), judge), UpgradeStep::Restore);
-    assert_eq!(step(&on_trial(), judge), back(TrialEndReason::Vanished));
-    assert_eq!(step(&UpgradeRecord::default(), judge), UpgradeStep::Restore);
+    let watchdog = Evidence { decider: Decider::Watchdog, ..missing };
+    assert_eq!(step(&begun(), watchdog), UpgradeStep::Restore);
+    assert_eq!(step(&on_trial(), watchdog), back(TrialEndReason::ExecutableMissing));
+    assert_eq!(step(&UpgradeRecord::default(), watchdog), UpgradeStep::Restore);
 }
 
 #[test]
-fn a_new_manager_is_committed_when_it_has_passed_everything() {
+fn a_new_manager_is_committed_after_it_has_passed_everything() {
     let with = |change: fn(&mut ManagerEvidence)| {
         let mut manager = NEW;
         change(&mut manager);
@@ -142,15 +142,15 @@ fn a_new_manager_is_committed_when_it_has_passed_everything() {
         (passed(), UpgradeStep::Record(RecordChange::Commit(None))),
         (Evidence { proof: Proof::NotBegun, ..passed() }, UpgradeStep::Prove),
         (Evidence { proof: Proof::Running, ..passed() }, UpgradeStep::Wait(Wait::Proof)),
-        (Evidence { proof: Proof::Failed, ..passed() }, UpgradeStep::Record(RecordChange::FailProof)),
-        (Evidence { died: true, manager: None, ..passed() }, UpgradeStep::Record(RecordChange::LoseTry)),
-        (Evidence { took_over: true, ..passed() }, UpgradeStep::Record(RecordChange::LoseWatchdog)),
+        (Evidence { proof: Proof::Failed, ..passed() }, UpgradeStep::Record(RecordChange::CountFailedProof)),
+        (Evidence { died: true, manager: None, ..passed() }, UpgradeStep::Record(RecordChange::CountDeath)),
+        (Evidence { took_over: true, ..passed() }, UpgradeStep::Record(RecordChange::CountLostWatchdog)),
         (Evidence { manager: None, ..passed() }, UpgradeStep::Wait(Wait::Answer { left: S(60) })),
         (Evidence { manager: ready().manager, ..passed() }, UpgradeStep::RestartManager),
         (Evidence { stopped: true, died: true, manager: None, ..passed() }, UpgradeStep::Wait(Wait::Start)),
         (Evidence { links: RoleLinks::Mixed, ..passed() }, UpgradeStep::LinkToBackup),
-        (Evidence { watchdog: Some(WhichRelease::To), ..passed() }, UpgradeStep::EndWatchdog),
-        (Evidence { asker: Decider::Manager, ..passed() }, UpgradeStep::Wait(Wait::OtherRole)),
+        (Evidence { watchdog: Some(WhichRelease::To), ..passed() }, UpgradeStep::StopWatchdog),
+        (Evidence { decider: Decider::Manager, ..passed() }, UpgradeStep::Wait(Wait::OtherRole)),
         (with(|manager| manager.answered = None), UpgradeStep::Wait(Wait::Answer { left: S(60) })),
         (with(|manager| manager.adopted = false), UpgradeStep::Wait(Wait::Answer { left: S(60) })),
         (with(|manager| manager.answered = Some(S(29))), UpgradeStep::Wait(Wait::Life { left: S(1) })),
@@ -167,24 +167,27 @@ fn a_new_manager_is_committed_when_it_has_passed_everything() {
 }
 
 #[test]
-fn each_budget_condemns_when_it_is_used_up() {
+fn each_limit_rolls_back_when_it_is_reached() {
     let lose = |change, times| {
         let mut record = on_trial();
         (0..times).for_each(|_| assert!(record.apply(change)));
         step(&record, passed())
     };
     let commits = UpgradeStep::Record(RecordChange::Commit(None));
-    assert_eq!([lose(RecordChange::LoseTry, 2), lose(RecordChange::LoseTry, 3)], [commits, back(TrialEndReason::Died)]);
     assert_eq!(
-        [lose(RecordChange::FailProof, 1), lose(RecordChange::FailProof, 2)],
+        [lose(RecordChange::CountDeath, 2), lose(RecordChange::CountDeath, 3)],
+        [commits, back(TrialEndReason::Died)]
+    );
+    assert_eq!(
+        [lose(RecordChange::CountFailedProof, 1), lose(RecordChange::CountFailedProof, 2)],
         [commits, back(TrialEndReason::Proof)]
     );
-    let watchdogs = [lose(RecordChange::LoseWatchdog, 4), lose(RecordChange::LoseWatchdog, 5)];
-    assert_eq!(watchdogs, [commits, back(TrialEndReason::WatchdogEnded)]);
+    let watchdogs = [lose(RecordChange::CountLostWatchdog, 4), lose(RecordChange::CountLostWatchdog, 5)];
+    assert_eq!(watchdogs, [commits, back(TrialEndReason::WatchdogExited)]);
 }
 
 #[test]
-fn time_counts_until_the_new_manager_is_in_charge() {
+fn time_counts_until_the_new_manager_has_answered_and_adopted() {
     let mut record = on_trial();
     assert!(record.spend(59));
     let absent = Evidence { manager: None, ..passed() };
@@ -199,7 +202,7 @@ fn time_counts_until_the_new_manager_is_in_charge() {
 }
 
 #[test]
-fn the_operator_decides_once_and_at_once() {
+fn the_operators_decision_is_final_and_immediate() {
     let absent = Evidence { manager: None, stopped: true, ..passed() };
     for (force, expected) in [
         (OperatorDecision::Commit, UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::Forced)))),
@@ -213,19 +216,19 @@ fn the_operator_decides_once_and_at_once() {
 }
 
 #[test]
-fn a_commit_names_the_release_leads_the_links_home_and_ends_the_old_watchdog() {
+fn a_commit_records_the_release_restores_the_links_and_stops_the_old_watchdog() {
     let mut record = on_trial();
     assert!(record.commit(None));
     let named = Evidence { installed: WhichRelease::To, ..passed() };
     let home = Evidence { links: RoleLinks::Executable, ..named };
-    let alone = Evidence { asker: Decider::Manager, watchdog: None, ..home };
+    let alone = Evidence { decider: Decider::Manager, watchdog: None, ..home };
     for (evidence, expected) in [
         (passed(), UpgradeStep::RecordRelease(WhichRelease::To)),
         (named, UpgradeStep::LinkToExecutable),
-        (home, UpgradeStep::EndWatchdog),
-        (Evidence { watchdog: Some(WhichRelease::To), ..home }, UpgradeStep::Record(RecordChange::Forget)),
-        (Evidence { asker: Decider::Manager, ..home }, UpgradeStep::Wait(Wait::OtherRole)),
-        (alone, UpgradeStep::Record(RecordChange::Forget)),
+        (home, UpgradeStep::StopWatchdog),
+        (Evidence { watchdog: Some(WhichRelease::To), ..home }, UpgradeStep::Record(RecordChange::Finish)),
+        (Evidence { decider: Decider::Manager, ..home }, UpgradeStep::Wait(Wait::OtherRole)),
+        (alone, UpgradeStep::Record(RecordChange::Finish)),
     ] {
         assert_eq!(step(&record, evidence), expected, "{evidence:?}");
     }
@@ -246,7 +249,7 @@ fn a_roll_back_restores_restarts_and_skips() {
         (restored, UpgradeStep::RestartManager),
         (Evidence { manager: Some(ManagerEvidence { answered: None, ..NEW }), ..restored }, UpgradeStep::KillManager),
         (old, UpgradeStep::LinkToExecutable),
-        (Evidence { links: RoleLinks::Executable, ..old }, UpgradeStep::Record(RecordChange::SkipAndForget)),
+        (Evidence { links: RoleLinks::Executable, ..old }, UpgradeStep::Record(RecordChange::FinishAndSkip)),
         (
             Evidence { backup_whole: false, ..passed() },
             UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup))),
@@ -254,22 +257,22 @@ fn a_roll_back_restores_restarts_and_skips() {
     ] {
         assert_eq!(step(&record, evidence), expected, "{evidence:?}");
     }
-    assert!(record.apply(RecordChange::SkipAndForget));
+    assert!(record.apply(RecordChange::FinishAndSkip));
     let refused = record.begin(image("1", '1'), image("2", '2'));
     assert_eq!(
         refused,
         Err(UpgradeRefusal::Skipped(
-            "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes".to_owned()
+            "the new manager used too many resources: more memory than spmMaxMem, or hundreds of processes".to_owned()
         ))
     );
-    assert!(record.allow() && record.begin(image("1", '1'), image("2", '2')).is_ok());
+    assert!(record.clear_skips() && record.begin(image("1", '1'), image("2", '2')).is_ok());
 }
 
 #[test]
-fn the_installer_returns_to_the_old_release_and_condemns_nothing() {
-    let installer = Evidence { asker: Decider::Installer, manager: None, watchdog: None, stopped: true, ..passed() };
+fn the_installer_restores_the_old_release_without_a_skip() {
+    let installer = Evidence { decider: Decider::Installer, manager: None, watchdog: None, stopped: true, ..passed() };
     let mut record = on_trial();
-    let UpgradeStep::Record(change @ RecordChange::RollBack { condemns: false, .. }) = step(&record, installer) else {
+    let UpgradeStep::Record(change @ RecordChange::RollBack { skips: false, .. }) = step(&record, installer) else {
         panic!("{:?}", step(&record, installer))
     };
     assert!(record.apply(change));
@@ -284,12 +287,12 @@ fn without_a_backup_the_new_release_stays() {
     let commits = UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     assert_eq!(step(&on_trial(), lost), commits);
     // No watchdog can be started from the backup then.
-    let manager = Evidence { asker: Decider::Manager, watchdog: None, ..lost };
+    let manager = Evidence { decider: Decider::Manager, watchdog: None, ..lost };
     assert_eq!(step(&on_trial(), manager), commits);
 }
 
 #[test]
-fn a_lost_record_leads_the_links_home() {
+fn a_lost_record_restores_the_links() {
     let record = UpgradeRecord::default();
     let lost = Evidence { executable: InstalledExecutable::Neither, ..passed() };
     assert_eq!(step(&record, lost), UpgradeStep::LinkToExecutable);
@@ -297,7 +300,7 @@ fn a_lost_record_leads_the_links_home() {
 }
 
 #[test]
-fn another_upgrade_waits_and_the_running_release_is_never_skipped() {
+fn a_second_upgrade_is_rejected_and_the_running_release_is_never_skipped() {
     let mut record = begun();
     assert_eq!(record.begin(image("1", '1'), image("3", '3')), Err(UpgradeRefusal::UnderWay));
     let (one, two) = (image("1", '1'), image("2", '2'));
@@ -334,10 +337,10 @@ fn a_change_that_does_not_fit_the_phase_changes_nothing() {
     for (record, change) in [
         (UpgradeRecord::default(), RecordChange::Drop),
         (begun(), RecordChange::Commit(None)),
-        (begun(), RecordChange::LoseTry),
+        (begun(), RecordChange::CountDeath),
         (on_trial(), RecordChange::BeginTrial),
-        (on_trial(), RecordChange::Forget),
-        (committing, RecordChange::LoseTry),
+        (on_trial(), RecordChange::Finish),
+        (committing, RecordChange::CountDeath),
     ] {
         let mut changed = record.clone();
         assert!(!changed.apply(change), "{change:?}");
@@ -346,7 +349,7 @@ fn a_change_that_does_not_fit_the_phase_changes_nothing() {
 }
 
 #[test]
-fn two_releases_of_the_same_bytes_are_told_apart_by_the_record() {
+fn two_releases_with_the_same_bytes_are_distinguished_by_the_record() {
     let mut record = UpgradeRecord::default();
     record.begin(image("1", '7'), image("2", '7')).unwrap();
     let trial = record.trial().unwrap();
@@ -377,20 +380,20 @@ fn fields_of_a_later_version_are_written_back_at_every_level() {
     let read: UpgradeRecord = serde_json::from_value(text.clone()).unwrap();
     assert_eq!(value(&read), text);
     assert!(text["trial"]["spentSeconds"].is_u64());
-    // What an earlier version does not write has a default.
+    // Fields that an earlier version does not write have defaults.
     text["trial"].as_object_mut().unwrap().retain(|key, _| ["from", "to", "phase"].contains(&key.as_str()));
     assert!(serde_json::from_value::<UpgradeRecord>(text).is_ok());
 }
 
 #[test]
-fn status_shows_what_is_waited_for() {
+fn status_shows_the_wait() {
     let limits = TrialLimits::default();
     let view = |record: &UpgradeRecord, evidence| status(record, &evidence, &limits).unwrap();
     assert_eq!(status(&UpgradeRecord::default(), &passed(), &limits), None);
     let young = Evidence { manager: Some(ManagerEvidence { answered: Some(S(10)), ..NEW }), ..passed() };
     let silent = ManagerEvidence { heartbeat: false, ..NEW };
     let unproven = Evidence { manager: Some(silent), probe: Probe::Fails(S(1)), ..passed() };
-    let of_manager = Evidence { asker: Decider::Manager, watchdog: None, ..young };
+    let of_manager = Evidence { decider: Decider::Manager, watchdog: None, ..young };
     for (evidence, phase, seconds_left) in [
         (young, UpgradeViewPhase::Trial, Some(20)),
         (of_manager, UpgradeViewPhase::Trial, Some(20)),
@@ -401,7 +404,7 @@ fn status_shows_what_is_waited_for() {
         assert_eq!((view.phase, view.seconds_left, view.tries_left), (phase, seconds_left, 3));
     }
     let mut record = on_trial();
-    assert!(record.apply(RecordChange::LoseTry) && record.roll_back(TrialEndReason::NoAnswer, true));
+    assert!(record.apply(RecordChange::CountDeath) && record.roll_back(TrialEndReason::NoAnswer, true));
     let view = view(&record, passed());
     assert_eq!((view.phase, view.tries_left), (UpgradeViewPhase::RollingBack, 2));
     assert_eq!(view.reason.as_deref(), Some("the new manager did not answer in time"));
@@ -409,7 +412,7 @@ fn status_shows_what_is_waited_for() {
 }
 
 #[test]
-fn an_operators_change_holds_until_another_release_is_ordered_or_installed() {
+fn an_operators_change_stays_until_another_release_is_ordered_or_installed() {
     let (one, two) = (image("1", '1'), image("2", '2'));
     let mut record = UpgradeRecord::default();
     record.overrule(Some((&two.version, Some(&two.sha256))));
@@ -417,7 +420,10 @@ fn an_operators_change_holds_until_another_release_is_ordered_or_installed() {
     assert!(!record.overrules(&two.version, Some(&one.sha256)) && !record.overrules(&one.version, None));
     assert!(record.release_hold() && !record.is_held());
     record.overrule(None);
-    assert!(record.is_held() && !record.overrules(&two.version, Some(&two.sha256)), "what is ordered first is another");
+    assert!(
+        record.is_held() && !record.overrules(&two.version, Some(&two.sha256)),
+        "the first order is a different one"
+    );
     record.skip(&two, "bad".to_owned(), &one);
     assert!(record.skips(&two.version, None).is_some() && record.skips(&two.version, Some(&one.sha256)).is_none());
     record.replaced(&two.version);

@@ -1,4 +1,4 @@
-//! What `status` shows of an upgrade that is under way.
+//! The part of `status` about an upgrade that is under way.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,22 +7,22 @@ use super::record::{UpgradePhase, UpgradeRecord};
 use super::{UpgradeStep, Wait, next};
 use crate::core::model::Version;
 
-/// An upgrade as an operator sees it.
+/// An upgrade as operators see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct UpgradeView {
     pub from: Version,
     pub to: Version,
     pub phase: UpgradeViewPhase,
-    /// Until the next decision, where time alone brings it.
+    /// Until the next decision, if it depends on time alone.
     pub seconds_left: Option<u64>,
-    /// How often the new manager may still die.
+    /// Deaths of the new manager left before the roll back.
     pub tries_left: u32,
-    /// Why it is rolled back or committed early.
+    /// Why it is rolled back, or committed early.
     pub reason: Option<String>,
 }
 
-/// The phase of an upgrade as an operator sees it.
+/// The phase of an upgrade as operators see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum UpgradeViewPhase {
@@ -37,7 +37,7 @@ pub enum UpgradeViewPhase {
 }
 
 impl UpgradeViewPhase {
-    /// The word in `status`.
+    /// The value in `status`.
     pub fn as_str(self) -> &'static str {
         match self {
             UpgradeViewPhase::Switching => "switching",
@@ -50,12 +50,12 @@ impl UpgradeViewPhase {
     }
 }
 
-/// `None`: no upgrade is under way. Either role may ask; it sees what the judge would.
+/// `None`: no upgrade is under way. Either role may call this; the result is as the watchdog would decide.
 pub fn status(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -> Option<UpgradeView> {
     let trial = record.trial()?;
-    let judged =
-        Evidence { asker: Decider::Watchdog, recorded: true, watchdog: Some(super::WhichRelease::From), ..*evidence };
-    let wait = match next(record, &judged, limits) {
+    let watchdog_evidence =
+        Evidence { decider: Decider::Watchdog, recorded: true, watchdog: Some(super::WhichRelease::From), ..*evidence };
+    let wait = match next(record, &watchdog_evidence, limits) {
         UpgradeStep::Wait(wait) => Some(wait),
         _ => None,
     };

@@ -1,55 +1,55 @@
-//! When a role is restarted for the memory that it uses: each role looks at the other one.
+//! When a role is restarted because it uses too much memory. Each role checks the other.
 //!
-//! A limit may be lower than what the role needs. Then every restart brings it above the limit again, so each is followed by a longer wait.
+//! The limit may be lower than what the role needs, so that every restart exceeds it again. So each restart is followed by a longer wait.
 
 use std::time::{Duration, Instant};
 
 use crate::core::units::Size;
 
-/// Above its limit at so many looks in a row, a role is restarted. The looks come with the pings, 15 s apart.
-const IN_A_ROW: u32 = 3;
-/// After a restart the next one waits for so long; twice as long after each that follows, up to the cap.
-const PAUSE: Duration = Duration::from_secs(300);
-const LONGEST_PAUSE: Duration = Duration::from_secs(3_600);
+/// Checks above the limit in a row until a restart. Checks come with the pings, every 15 s.
+const MAX_IN_A_ROW: u32 = 3;
+/// The minimum time between two restarts. It doubles after each restart, up to [`MAX_INTERVAL`].
+const MIN_INTERVAL: Duration = Duration::from_secs(300);
+const MAX_INTERVAL: Duration = Duration::from_secs(3_600);
 
-/// The looks at the memory of one role.
+/// The memory checks of one role.
 #[derive(Debug, Default)]
-pub struct Memory {
-    /// In a row, at which it used too much.
-    large: u32,
+pub struct MemoryCheck {
+    /// Checks above the limit, in a row.
+    excesses: u32,
     restarts: u32,
-    /// It was restarted for its memory then.
-    last: Option<Instant>,
+    /// When it was last restarted for its memory.
+    last_restart: Option<Instant>,
 }
 
-impl Memory {
-    /// Takes in what the role uses now, bytes. Whether it is to be restarted for that.
-    pub fn look(&mut self, used: u64, limit: u64, now: Instant) -> bool {
-        self.large = if used > limit { self.large.saturating_add(1) } else { 0 };
-        let since = self.last.map(|last| now.saturating_duration_since(last));
-        if since.is_some_and(|since| since > 2 * LONGEST_PAUSE) {
-            (self.restarts, self.last) = (0, None);
+impl MemoryCheck {
+    /// Records the memory that the role uses now, in bytes. Returns whether it is to be restarted.
+    pub fn record(&mut self, used: u64, limit: u64, now: Instant) -> bool {
+        self.excesses = if used > limit { self.excesses.saturating_add(1) } else { 0 };
+        let since = self.last_restart.map(|last_restart| now.saturating_duration_since(last_restart));
+        if since.is_some_and(|since| since > 2 * MAX_INTERVAL) {
+            (self.restarts, self.last_restart) = (0, None);
         }
-        if self.large < IN_A_ROW || since.is_some_and(|since| since < self.pause()) {
+        if self.excesses < MAX_IN_A_ROW || since.is_some_and(|since| since < self.min_interval()) {
             return false;
         }
-        (self.large, self.restarts, self.last) = (0, self.restarts.saturating_add(1), Some(now));
+        (self.excesses, self.restarts, self.last_restart) = (0, self.restarts.saturating_add(1), Some(now));
         true
     }
 
     /// How long to wait after the last restart.
-    fn pause(&self) -> Duration {
-        let doubled = PAUSE.saturating_mul(1 << self.restarts.saturating_sub(1).min(10));
-        doubled.min(LONGEST_PAUSE)
+    fn min_interval(&self) -> Duration {
+        let doubled = MIN_INTERVAL.saturating_mul(1 << self.restarts.saturating_sub(1).min(10));
+        doubled.min(MAX_INTERVAL)
     }
 }
 
-/// That a role uses too much, for a person to read; `None`: it does not. `role`: as an operator calls it; `setting`: the limit's key.
+/// The message for a role above its limit; `None` below it. `role`: its name for operators; `setting`: the configuration key of the limit.
 pub fn excess(role: &str, used: u64, limit: u64, setting: &str) -> Option<String> {
     (used > limit).then(|| {
         format!(
-            "{role} uses {} MiB of memory, more than {setting} ({}): it is restarted where that lasts, and sub-agents are not \
-             affected; raise {setting} if it needs more",
+            "{role} uses {} MiB of memory, more than {setting} ({}): it is restarted if this lasts, without effect on sub-agents; raise \
+             {setting} if it needs more",
             used >> 20,
             Size(limit)
         )
@@ -63,30 +63,30 @@ mod tests {
     const LIMIT: u64 = 100;
 
     #[test]
-    fn a_role_is_restarted_after_three_large_looks_in_a_row() {
-        let (mut memory, start) = (Memory::default(), Instant::now());
-        let looks = [101, 101, 100, 101, 101, 101, 101].map(|used| memory.look(used, LIMIT, start));
-        assert_eq!(looks, [false, false, false, false, false, true, false]);
+    fn a_role_is_restarted_after_three_excesses_in_a_row() {
+        let (mut memory, start) = (MemoryCheck::default(), Instant::now());
+        let restarts = [101, 101, 100, 101, 101, 101, 101].map(|used| memory.record(used, LIMIT, start));
+        assert_eq!(restarts, [false, false, false, false, false, true, false]);
     }
 
     #[test]
-    fn a_limit_that_is_too_low_restarts_less_and_less_often() {
-        let (mut memory, start) = (Memory::default(), Instant::now());
+    fn a_limit_that_is_too_low_restarts_less_often_over_time() {
+        let (mut memory, start) = (MemoryCheck::default(), Instant::now());
         let seconds = (0..86_400).step_by(15);
         let restarts: Vec<u64> =
-            seconds.filter(|at| memory.look(101, LIMIT, start + Duration::from_secs(*at))).collect();
+            seconds.filter(|at| memory.record(101, LIMIT, start + Duration::from_secs(*at))).collect();
         assert_eq!(restarts[..4], [30, 330, 930, 2_130]);
         assert!(restarts.windows(2).skip(4).all(|pair| pair[1] - pair[0] == 3_600), "{restarts:?}");
         // Two hours below the limit, and it counts as the first again.
         let later = start + Duration::from_secs(100_000);
-        assert!(!memory.look(99, LIMIT, later));
-        let looks = [15, 30, 45].map(|at| memory.look(101, LIMIT, later + Duration::from_secs(at)));
-        assert_eq!(looks, [false, false, true]);
-        assert_eq!(memory.pause(), PAUSE);
+        assert!(!memory.record(99, LIMIT, later));
+        let restarts = [15, 30, 45].map(|at| memory.record(101, LIMIT, later + Duration::from_secs(at)));
+        assert_eq!(restarts, [false, false, true]);
+        assert_eq!(memory.min_interval(), MIN_INTERVAL);
     }
 
     #[test]
-    fn an_excess_is_told_with_what_to_do() {
+    fn the_message_of_an_excess_has_a_remedy() {
         assert_eq!(excess("the manager", 5 << 20, 5 << 20, "spmMaxMem"), None);
         let text = excess("the manager", 70 << 20, 64 << 20, "spmMaxMem").unwrap();
         assert!(text.starts_with("the manager uses 70 MiB of memory, more than spmMaxMem (64MiB)"), "{text}");

@@ -1,14 +1,14 @@
-//! When a silence is a hang.
+//! When silence means a hang.
 //!
-//! Who was not scheduled himself has heard nothing because he did not listen: a silence counts only while he looked at it in time.
+//! A process that was not scheduled received nothing because it did not read. So silence counts only while its checks ran on time.
 
 use std::time::{Duration, Instant};
 
-/// A ping every so often; three without an answer are a hang.
+/// The interval of pings. Three unanswered pings in a row are a hang.
 pub const PING: Duration = Duration::from_secs(15);
-const UNANSWERED: u32 = 3;
-/// A look that comes so late was held up: by a stop of the process, or of the machine.
-const LATE: Duration = Duration::from_secs(5);
+const MAX_UNANSWERED: u32 = 3;
+/// A check that is later than this was delayed: the process or the machine was suspended.
+const MAX_DELAY: Duration = Duration::from_secs(5);
 
 /// The pings over one connection.
 #[derive(Debug)]
@@ -17,17 +17,17 @@ pub struct Pings {
     due: Instant,
 }
 
-/// What the time asks for.
+/// What is due now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PingAction {
     Wait,
     Send,
-    /// The other one hangs; it is to be killed, and asked once more.
+    /// The peer hangs: kill it and send another ping.
     Hung,
 }
 
 impl Pings {
-    /// A greeting was just sent, which is to be answered too.
+    /// The greeting was just sent and awaits an answer too.
     pub fn new(now: Instant) -> Pings {
         Pings { unanswered: 1, due: now + PING }
     }
@@ -40,30 +40,30 @@ impl Pings {
         self.unanswered = 0;
     }
 
-    pub fn look(&mut self, now: Instant) -> PingAction {
+    pub fn poll(&mut self, now: Instant) -> PingAction {
         if now < self.due {
             return PingAction::Wait;
         }
-        let late = now - self.due > LATE;
+        let late = now - self.due > MAX_DELAY;
         self.due = now + PING;
-        let hung = !late && self.unanswered >= UNANSWERED;
+        let hung = !late && self.unanswered >= MAX_UNANSWERED;
         self.unanswered = if late || hung { 1 } else { self.unanswered + 1 };
         if hung { PingAction::Hung } else { PingAction::Send }
     }
 }
 
-/// A condition that counts only when it was seen without a break.
+/// How long a condition has held without a gap in the checks.
 #[derive(Debug, Default)]
-pub struct Lasting {
+pub struct ContinuousCondition {
     began: Option<Instant>,
-    seen: Option<Instant>,
+    observed: Option<Instant>,
 }
 
-impl Lasting {
-    /// Takes in whether it holds now, and says for how long it has been seen to.
-    pub fn look(&mut self, holds: bool, now: Instant) -> Duration {
-        let missed = self.seen.is_some_and(|seen| now.saturating_duration_since(seen) > LATE);
-        self.seen = Some(now);
+impl ContinuousCondition {
+    /// Records whether the condition holds now. Returns for how long it has held without a gap.
+    pub fn observe(&mut self, holds: bool, now: Instant) -> Duration {
+        let missed = self.observed.is_some_and(|observed| now.saturating_duration_since(observed) > MAX_DELAY);
+        self.observed = Some(now);
         if !holds {
             self.began = None;
             return Duration::ZERO;
@@ -82,25 +82,25 @@ mod tests {
     const S: fn(u64) -> Duration = Duration::from_secs;
 
     #[test]
-    fn three_pings_without_an_answer_are_a_hang_and_an_answer_begins_anew() {
+    fn three_unanswered_pings_are_a_hang_and_an_answer_resets_the_count() {
         let start = Instant::now();
         let mut pings = Pings::new(start);
-        assert_eq!(pings.look(start + S(14)), PingAction::Wait);
-        let looks = [15, 30, 45].map(|at| pings.look(start + S(at)));
-        assert_eq!(looks, [PingAction::Send, PingAction::Send, PingAction::Hung]);
-        assert_eq!(pings.look(start + S(60)), PingAction::Send);
+        assert_eq!(pings.poll(start + S(14)), PingAction::Wait);
+        let actions = [15, 30, 45].map(|at| pings.poll(start + S(at)));
+        assert_eq!(actions, [PingAction::Send, PingAction::Send, PingAction::Hung]);
+        assert_eq!(pings.poll(start + S(60)), PingAction::Send);
         pings.answered();
-        let looks = [75, 90, 105, 120].map(|at| pings.look(start + S(at)));
-        assert_eq!(looks, [PingAction::Send, PingAction::Send, PingAction::Send, PingAction::Hung]);
+        let actions = [75, 90, 105, 120].map(|at| pings.poll(start + S(at)));
+        assert_eq!(actions, [PingAction::Send, PingAction::Send, PingAction::Send, PingAction::Hung]);
     }
 
     #[test]
-    fn who_was_not_scheduled_takes_nobody_for_hung() {
+    fn a_delayed_check_never_reports_a_hang() {
         let start = Instant::now();
         let mut pings = Pings::new(start);
-        let looks = [15, 30, 51, 66, 81, 96].map(|at| pings.look(start + S(at)));
+        let actions = [15, 30, 51, 66, 81, 96].map(|at| pings.poll(start + S(at)));
         assert_eq!(
-            looks,
+            actions,
             [
                 PingAction::Send,
                 PingAction::Send,
@@ -114,17 +114,17 @@ mod tests {
         let mut at = start + S(96);
         for _ in 0..20 {
             at += S(22);
-            assert_eq!(pings.look(at), PingAction::Send);
+            assert_eq!(pings.poll(at), PingAction::Send);
         }
     }
 
     #[test]
-    fn what_was_not_looked_at_does_not_last() {
+    fn a_gap_in_the_checks_restarts_the_period() {
         let start = Instant::now();
-        let mut lasting = Lasting::default();
-        let mut look = |holds, at| lasting.look(holds, start + S(at)).as_secs();
-        assert_eq!([look(true, 0), look(true, 4), look(true, 8)], [0, 4, 8]);
-        assert_eq!([look(false, 9), look(true, 10), look(true, 12)], [0, 0, 2]);
-        assert_eq!([look(true, 60), look(true, 63)], [0, 3]);
+        let mut condition = ContinuousCondition::default();
+        let mut observe = |holds, at| condition.observe(holds, start + S(at)).as_secs();
+        assert_eq!([observe(true, 0), observe(true, 4), observe(true, 8)], [0, 4, 8]);
+        assert_eq!([observe(false, 9), observe(true, 10), observe(true, 12)], [0, 0, 2]);
+        assert_eq!([observe(true, 60), observe(true, 63)], [0, 3]);
     }
 }

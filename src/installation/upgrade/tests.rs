@@ -112,10 +112,10 @@ fn in_a_trial_the_manager_runs_the_new_program_and_everybody_else_the_old_one() 
 fn a_roll_back_leaves_the_old_program_everywhere_and_a_skip() {
     let (made, mut session) = switched();
     let Made { home, to, .. } = &made;
-    take(&mut session, UpgradeStep::Record(RecordChange::RollBack { reason: TrialEndReason::Died, condemns: true }));
+    take(&mut session, UpgradeStep::Record(RecordChange::RollBack { reason: TrialEndReason::Died, skips: true }));
     assert_eq!(take(&mut session, UpgradeStep::Restore).executable, InstalledExecutable::From);
     assert_eq!(take(&mut session, UpgradeStep::LinkToExecutable).links, RoleLinks::Executable);
-    take(&mut session, UpgradeStep::Record(RecordChange::SkipAndForget));
+    take(&mut session, UpgradeStep::Record(RecordChange::FinishAndSkip));
     assert!(ExecutableName::ALL.iter().all(|name| content(home, *name) == "one"));
     let record = load(home).unwrap();
     assert!(record.trial().is_none() && record.skipped(&to.version, &to.sha256).is_some());
@@ -131,7 +131,7 @@ fn a_commit_leaves_the_new_program_everywhere_and_a_way_back() {
     take(&mut session, UpgradeStep::Record(RecordChange::Commit(None)));
     assert_eq!(take(&mut session, UpgradeStep::RecordRelease(WhichRelease::To)).installed, WhichRelease::To);
     assert_eq!(take(&mut session, UpgradeStep::LinkToExecutable).links, RoleLinks::Executable);
-    take(&mut session, UpgradeStep::Record(RecordChange::Forget));
+    take(&mut session, UpgradeStep::Record(RecordChange::Finish));
     assert!(ExecutableName::ALL.iter().all(|name| content(home, *name) == "two"));
     assert_eq!(Epochs::load(home).unwrap().least(MANAGER_PACKAGE), 2);
     assert_eq!(load(home).unwrap().previous().map(|image| &image.version), Some(&from.version));

@@ -109,7 +109,7 @@ impl Manager {
         }
         let now = Instant::now();
         found.order = self.orders.held.agents.get(name).cloned();
-        let (state, actions) = Agent::found(name.clone(), found);
+        let (state, actions) = Agent::restore(name.clone(), found);
         let scattered = target.is_some_and(StopTarget::is_scattered);
         self.agents.insert(name.clone(), SubAgent { scattered, ..SubAgent::new(state) });
         self.perform(name, actions, now);
@@ -143,7 +143,7 @@ impl Manager {
         tracing::warn!(agent = %name, pid, "processes of a sub-agent cannot be adopted and are stopped");
         let now = Instant::now();
         agent.serial = serial;
-        let actions = agent.state.clear_away(pid, agent::moment(now));
+        let actions = agent.state.stop_leftover(pid, agent::moment(now));
         self.perform(name, actions, now);
         true
     }
@@ -206,7 +206,7 @@ impl Manager {
         agent.record = Some(record);
         let ordered = ordered.map(|order| order.spec.clone());
         let end = PriorExit { success: ended.success, how: ended.how.clone(), was_seen };
-        let actions = agent.state.bury(pid, version, end, ordered, agent::moment(now));
+        let actions = agent.state.adopt_exited(pid, version, end, ordered, agent::moment(now));
         self.perform(name, actions, now);
         self.record_exit(name, ended);
     }

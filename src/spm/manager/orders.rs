@@ -177,7 +177,7 @@ impl Manager {
         self.replan = true;
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
             let order = self.orders.held.agents.get(&name).cloned();
-            self.step(&name, AgentEvent::Ordered(order), now);
+            self.step(&name, AgentEvent::OrderChanged(order), now);
         }
         self.trim_cache(now);
     }

@@ -110,7 +110,7 @@ impl Manager {
         let StartedProcess { running, output_lost } = match result {
             Ok(started) => *started,
             Err(refusal) => {
-                self.step(name, AgentEvent::NotLaunched(refusal), now);
+                self.step(name, AgentEvent::LaunchFailed(refusal), now);
                 return self.finish_stop_if_down();
             }
         };
@@ -163,7 +163,7 @@ impl Manager {
         let pid = record.pid;
         record.save(&home);
         agent.record = Some(record);
-        self.step(name, AgentEvent::Moved { pid }, now);
+        self.step(name, AgentEvent::ProcessReplaced { pid }, now);
     }
 
     fn stopped(&mut self, name: &AgentName, serial: u64, result: Result<(), String>, now: Instant) {

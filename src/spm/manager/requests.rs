@@ -118,7 +118,7 @@ impl Manager {
                 "its release is being changed; try again when `control status` shows that the change is complete",
             );
         }
-        agent.state.can_return_to().cloned().ok_or("no previous release is on this host")
+        agent.state.rollback_target().cloned().ok_or("no previous release is on this host")
     }
 
     /// Rolls back after the check whether the previous release can be run.
@@ -134,7 +134,7 @@ impl Manager {
         match result.and(may) {
             Ok(still) if still == *to => {
                 let overruled = self.orders.held.agents.get(name).cloned();
-                self.step(name, AgentEvent::Return { overruled }, now);
+                self.step(name, AgentEvent::RollBack { overruled }, now);
                 ControlReply::done()
             }
             Ok(_) => ControlReply::failed(format!(
@@ -189,7 +189,7 @@ impl Manager {
             _ => return,
         }
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
-            self.step(&name, AgentEvent::HomeStops, now);
+            self.step(&name, AgentEvent::HomeStopping, now);
         }
         self.finish_stop_if_down();
     }

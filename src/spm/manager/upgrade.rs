@@ -210,7 +210,7 @@ impl Manager {
     /// Permits skipped releases of the manager again.
     pub(super) fn retry_upgrade(&mut self, now: Instant) -> ControlReply {
         job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
-            record.allow();
+            record.clear_skips();
             record.release_hold();
         });
         self.upgrading.operator_error = None;
@@ -334,7 +334,7 @@ impl Manager {
         if news.is_empty() {
             let reported = self.upgrading.reported.clone();
             job::change_record(&self.inputs, &self.home, &self.identity.version, move |record| {
-                record.forget_ended(&reported)
+                record.remove_reported(&reported)
             });
             return;
         }

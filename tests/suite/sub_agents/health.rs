@@ -142,7 +142,7 @@ fn an_unhealthy_http_sub_agent_is_shown_and_restarted_under_its_policy() {
     // At once the first time, with a delay the next.
     let waiting = wait_for_state(&host, "strict", "backoff", "answered 503", SOON);
     assert!(waiting["restarts"].as_u64() >= Some(2) && waiting["pid"].is_null(), "{waiting:#}");
-    wait_for_event(&gateway, "strict", SOON, "backoff failed", "it is started again in");
+    wait_for_event(&gateway, "strict", SOON, "backoff failed", "restarting in");
     assert!(!is_alive(strict));
     assert!(is_alive(patient), "fewer failures than it may have");
 
@@ -233,7 +233,7 @@ fn a_start_period_ends_with_the_first_success() {
     ];
     let (_gateway, host) = joined(&packages.each_ref());
     wait_for_count(&host, "slow", 4);
-    let starting = wait_for_state(&host, "slow", "starting", "not well yet: bin/check exited with 1", SOON);
+    let starting = wait_for_state(&host, "slow", "starting", "not healthy yet: bin/check exited with 1", SOON);
     let slow = pid(&starting["pid"]).expect("it runs");
     assert_eq!(starting["restarts"], 0);
     touch(&host, "ready");

@@ -73,7 +73,7 @@ pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
     (
         "ends the watchdog",
         "(while :; do sleep 0.5; kill -9 $(sed -n 's/.*\"pid\": \\([0-9]*\\),/\\1/p' \"$2/run/spa.json\"); done) & exec $A spm \"$@\"",
-        "the watchdog ended repeatedly",
+        "the watchdog exited repeatedly",
     ),
     ("says that it is another version", "exec \"$2/bin/aops.prev\" spm \"$@\"", "did not answer in time"),
 ];

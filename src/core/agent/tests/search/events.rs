@@ -1,17 +1,17 @@
-//! What may happen in a state, and what happens if all goes well.
+//! The events that are possible in a state, and the fault-free next event.
 
 use super::super::*;
-use super::world::{Kind, NEW, Ordered, Process, Scenario, State, World, number_of};
+use super::model::{Kind, Model, NEW, Ordered, Process, Scenario, State, number_of};
 
-/// How much of what was under way has happened when the manager dies.
+/// How much of the work under way is done when the manager dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut {
     pub write: bool,
     pub launched: bool,
-    /// The process that was to stop: alive, dead with its record, gone.
+    /// The process to stop: alive, dead with its record, gone.
     pub stopped: u8,
     pub staged: bool,
-    /// A release that was to be removed: whole, in part, gone.
+    /// The release to remove: complete, partly removed, gone.
     pub discarded: u8,
 }
 
@@ -23,21 +23,21 @@ impl Cut {
 pub enum Fetched {
     Ready,
     Failed,
-    /// After a costly download.
+    /// Rejected after a costly download.
     Refused,
 }
 
-/// What happens.
+/// An event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum What {
+pub enum SearchEvent {
     Staged {
-        place: usize,
+        index: usize,
         fetched: Fetched,
     },
     Admitted {
         ok: bool,
     },
-    /// `kept`: on disk.
+    /// `kept`: it is on disk.
     Written {
         ok: bool,
         kept: bool,
@@ -48,11 +48,11 @@ pub enum What {
     },
     Discarded(u8),
     Inspected {
-        place: usize,
+        index: usize,
         ok: bool,
     },
     Launched,
-    NotLaunched {
+    LaunchFailed {
         refused: bool,
     },
     Stopped {
@@ -67,7 +67,7 @@ pub enum What {
     Retry,
     Restart,
     Orders(Ordered),
-    /// The manager dies before it follows the order that it has written.
+    /// The manager dies after it has written the order and before it follows it.
     OrdersAndDies(Ordered),
     Dies(Cut),
     /// While no manager runs:
@@ -76,18 +76,18 @@ pub enum What {
     Starts,
 }
 
-impl World {
-    /// All that may happen now.
-    pub fn possible(&self, state: &State) -> Vec<What> {
+impl Model {
+    /// All events that are possible now.
+    pub fn possible(&self, state: &State) -> Vec<SearchEvent> {
         let Scenario { kind, operator, .. } = self.scenario;
         let faults = state.faults > 0;
         let Some(agent) = &state.agent else { return self.possible_without_manager(state) };
         let mut all = vec![];
         if self.has_ended(state) {
-            all.extend(cuts(state, kind).map(What::Dies));
+            all.extend(cuts(state, kind).map(SearchEvent::Dies));
             return all;
         }
-        for (place, (id, number)) in state.staging.iter().enumerate() {
+        for (index, (id, number)) in state.staging.iter().enumerate() {
             let can = kind.can_be_fetched(*number);
             let fetched = [
                 (Fetched::Ready, can),
@@ -95,7 +95,7 @@ impl World {
                 (Fetched::Refused, faults),
             ];
             let fetched = fetched.into_iter().filter(|(_, happens)| *happens);
-            all.extend(fetched.map(|(fetched, _)| What::Staged { place, fetched }));
+            all.extend(fetched.map(|(fetched, _)| SearchEvent::Staged { index, fetched }));
         }
         let fails = |happens: bool| [true, false].into_iter().take(if happens { 1 + usize::from(faults) } else { 0 });
         if state.is_admitting {
@@ -104,74 +104,76 @@ impl World {
                 [(true, can), (false, faults || !can)]
                     .into_iter()
                     .filter(|(_, happens)| *happens)
-                    .map(|(ok, _)| What::Admitted { ok }),
+                    .map(|(ok, _)| SearchEvent::Admitted { ok }),
             );
         }
         if state.writing.is_some() {
-            all.push(What::Written { ok: true, kept: true });
-            all.extend([true, false].into_iter().filter(|_| faults).map(|kept| What::Written { ok: false, kept }));
+            all.push(SearchEvent::Written { ok: true, kept: true });
+            all.extend(
+                [true, false].into_iter().filter(|_| faults).map(|kept| SearchEvent::Written { ok: false, kept }),
+            );
         } else if state.is_unsaved {
-            all.push(What::Housekeeping);
+            all.push(SearchEvent::Housekeeping);
         }
-        all.extend(fails(state.is_switching).map(|ok| What::Switched { ok }));
-        all.extend(state.discarding.all().map(What::Discarded));
-        for place in 0..state.inspecting.len() {
-            all.extend(fails(true).map(|ok| What::Inspected { place, ok }));
+        all.extend(fails(state.is_switching).map(|ok| SearchEvent::Switched { ok }));
+        all.extend(state.discarding.all().map(SearchEvent::Discarded));
+        for index in 0..state.inspecting.len() {
+            all.extend(fails(true).map(|ok| SearchEvent::Inspected { index, ok }));
         }
         if let Some(number) = state.launching {
             let can = kind.can_be_launched(number);
             let launched = [
-                (What::Launched, can),
-                (What::NotLaunched { refused: false }, faults || !can),
-                (What::NotLaunched { refused: true }, faults),
+                (SearchEvent::Launched, can),
+                (SearchEvent::LaunchFailed { refused: false }, faults || !can),
+                (SearchEvent::LaunchFailed { refused: true }, faults),
             ];
-            all.extend(launched.into_iter().filter(|(_, happens)| *happens).map(|(what, _)| what));
+            all.extend(launched.into_iter().filter(|(_, happens)| *happens).map(|(event, _)| event));
         }
-        all.extend(fails(state.is_stopping).map(|ok| What::Stopped { ok }));
-        let is_seen = agent.supervisor().is_up() || state.clings;
+        all.extend(fails(state.is_stopping).map(|ok| SearchEvent::Stopped { ok }));
+        let is_seen = agent.supervisor().is_up() || state.survived_stop;
         if state.process.is_some_and(|process| is_seen && (faults || self.may_exit(process))) {
-            all.push(What::Exits);
+            all.push(SearchEvent::Exits);
         }
         if state.is_checking {
-            all.push(What::Checked);
+            all.push(SearchEvent::Checked);
         }
-        all.extend([What::Tick, What::Second].into_iter().filter(|what| self.may_pass(state, *what)));
+        all.extend([SearchEvent::Tick, SearchEvent::Second].into_iter().filter(|event| self.may_pass(state, *event)));
         if operator && !state.home_stops {
-            all.push(What::HomeStops);
-            if !agent.is_busy() && agent.can_return_to().is_some_and(|to| state.whole.has(number_of(to))) {
-                all.push(What::RollBack);
+            all.push(SearchEvent::HomeStops);
+            if !agent.is_busy() && agent.rollback_target().is_some_and(|to| state.whole.has(number_of(to))) {
+                all.push(SearchEvent::RollBack);
             }
-            all.push(What::Retry);
+            all.push(SearchEvent::Retry);
             if agent.supervisor().wanted() {
-                all.push(What::Restart);
+                all.push(SearchEvent::Restart);
             }
         }
         if state.orders > 0 && !state.home_stops && state.staging.len() < 2 {
             for other in [Ordered(1, 0), Ordered(NEW, 0), Ordered(NEW, 1), Ordered(3, 0)] {
                 if other != state.order && other.1 >= state.order.1 {
-                    all.extend([What::Orders(other), What::OrdersAndDies(other)]);
+                    all.extend([SearchEvent::Orders(other), SearchEvent::OrdersAndDies(other)]);
                 }
             }
         }
-        all.extend(cuts(state, kind).map(What::Dies));
+        all.extend(cuts(state, kind).map(SearchEvent::Dies));
         all
     }
 
-    fn possible_without_manager(&self, state: &State) -> Vec<What> {
-        let mut all = vec![What::Starts];
+    fn possible_without_manager(&self, state: &State) -> Vec<SearchEvent> {
+        let mut all = vec![SearchEvent::Starts];
         if let Some(process) = state.process {
-            all.push(What::PowerCut);
+            all.push(SearchEvent::PowerCut);
             if state.faults > 0 || self.may_exit(process) {
-                all.push(What::Exits);
+                all.push(SearchEvent::Exits);
             }
             if !self.must_exit(process) && self.scenario.kind != Kind::ExitsOnProbation {
-                all.push(What::Later);
+                all.push(SearchEvent::Later);
             }
         }
         all
     }
 
-    /// The home is stopped and the manager ends.
+    /// The home is stopped and the manager has exited.
     fn has_ended(&self, state: &State) -> bool {
         state.home_stops && state.agent.as_ref().is_some_and(|agent| agent.supervisor().is_down())
     }
@@ -184,91 +186,95 @@ impl World {
         process.version == NEW && matches!(self.scenario.kind, Kind::Job | Kind::ExitsAtOnce)
     }
 
-    fn may_pass(&self, state: &State, what: What) -> bool {
+    fn may_pass(&self, state: &State, event: SearchEvent) -> bool {
         let Some(agent) = &state.agent else { return false };
-        let until = match what {
-            What::Tick => agent.deadline(state.now),
+        let until = match event {
+            SearchEvent::Tick => agent.deadline(state.now),
             _ => Some(state.now + S(1)),
         };
         let Some(until) = until else { return false };
-        match state.process.filter(|_| agent.supervisor().is_up() || state.clings) {
+        match state.process.filter(|_| agent.supervisor().is_up() || state.survived_stop) {
             Some(process) if self.must_exit(process) => false,
             Some(process) if process.version == NEW && self.scenario.kind == Kind::ExitsOnProbation => {
                 until < process.since + S(3)
             }
-            _ => what == What::Tick,
+            _ => event == SearchEvent::Tick,
         }
     }
 
-    /// What happens if nothing fails that need not, and nobody comes in between.
-    pub fn fair(&self, state: &State) -> Option<What> {
+    /// The next event if nothing fails that need not, and no operator or gateway intervenes.
+    pub fn fault_free(&self, state: &State) -> Option<SearchEvent> {
         let kind = self.scenario.kind;
-        let Some(agent) = &state.agent else { return Some(What::Starts) };
+        let Some(agent) = &state.agent else { return Some(SearchEvent::Starts) };
         if self.has_ended(state) {
-            return cuts(state, kind).last().map(What::Dies);
+            return cuts(state, kind).last().map(SearchEvent::Dies);
         }
         if state.writing.is_some() {
-            return Some(What::Written { ok: true, kept: true });
+            return Some(SearchEvent::Written { ok: true, kept: true });
         }
         if state.is_admitting {
-            return Some(What::Admitted { ok: state.can_be_admitted() });
+            return Some(SearchEvent::Admitted { ok: state.can_be_admitted() });
         }
         if state.is_switching {
-            return Some(What::Switched { ok: true });
+            return Some(SearchEvent::Switched { ok: true });
         }
         if let Some(version) = state.discarding.all().next() {
-            return Some(What::Discarded(version));
+            return Some(SearchEvent::Discarded(version));
         }
         if !state.inspecting.is_empty() {
-            return Some(What::Inspected { place: 0, ok: true });
+            return Some(SearchEvent::Inspected { index: 0, ok: true });
         }
         if state.is_stopping {
-            return Some(What::Stopped { ok: true });
+            return Some(SearchEvent::Stopped { ok: true });
         }
         if let Some(number) = state.launching {
             let can = kind.can_be_launched(number);
-            return Some(if can { What::Launched } else { What::NotLaunched { refused: false } });
+            return Some(if can { SearchEvent::Launched } else { SearchEvent::LaunchFailed { refused: false } });
         }
         if let Some((_, number)) = state.staging.first() {
             let fetched = if kind.can_be_fetched(*number) { Fetched::Ready } else { Fetched::Failed };
-            return Some(What::Staged { place: 0, fetched });
+            return Some(SearchEvent::Staged { index: 0, fetched });
         }
         if state.is_checking {
-            return Some(What::Checked);
+            return Some(SearchEvent::Checked);
         }
-        let is_up = agent.supervisor().is_up() || state.clings;
+        let is_up = agent.supervisor().is_up() || state.survived_stop;
         if let Some(process) = state.process.filter(|process| is_up && self.may_exit(*process)) {
-            // Each life is a little longer than the one before.
+            // Each process lives a little longer than the previous one.
             let lives_on = state.now < process.since + S(agent.ledger().probation_failures());
-            return Some(if lives_on && self.may_pass(state, What::Second) { What::Second } else { What::Exits });
+            return Some(if lives_on && self.may_pass(state, SearchEvent::Second) {
+                SearchEvent::Second
+            } else {
+                SearchEvent::Exits
+            });
         }
         if state.is_unsaved {
-            return Some(What::Housekeeping);
+            return Some(SearchEvent::Housekeeping);
         }
-        self.may_pass(state, What::Tick).then_some(What::Tick)
+        self.may_pass(state, SearchEvent::Tick).then_some(SearchEvent::Tick)
     }
 
-    /// Whether it need not happen.
-    pub fn is_fault(&self, state: &State, what: What) -> bool {
-        match what {
-            What::Staged { fetched, .. } => match fetched {
+    /// Whether the event is a fault.
+    pub fn is_fault(&self, state: &State, event: SearchEvent) -> bool {
+        match event {
+            SearchEvent::Staged { fetched, .. } => match fetched {
                 Fetched::Ready => false,
                 Fetched::Failed => self.scenario.kind != Kind::CannotBeFetched,
                 Fetched::Refused => true,
             },
-            What::NotLaunched { refused } => refused || self.scenario.kind != Kind::CannotBeLaunched,
-            What::Exits => state.process.is_some_and(|process| !self.may_exit(process)),
-            What::Admitted { ok }
-            | What::Written { ok, .. }
-            | What::Switched { ok }
-            | What::Inspected { ok, .. }
-            | What::Stopped { ok } => !ok,
+            SearchEvent::LaunchFailed { refused } => refused || self.scenario.kind != Kind::CannotBeLaunched,
+            SearchEvent::Exits => state.process.is_some_and(|process| !self.may_exit(process)),
+            SearchEvent::Admitted { ok }
+            | SearchEvent::Written { ok, .. }
+            | SearchEvent::Switched { ok }
+            | SearchEvent::Inspected { ok, .. }
+            | SearchEvent::Stopped { ok } => !ok,
             _ => false,
         }
     }
 }
 
-/// Every way in which the manager can die now; last the one in which all that was under way has happened.
+/// Every way in which the manager can die now. In the last one, all work under way is done.
 fn cuts(state: &State, kind: Kind) -> impl Iterator<Item = Cut> {
     let can_come = state.staging.iter().any(|(_, number)| kind.can_be_fetched(*number));
     let can_launch = state.launching.is_some_and(|number| kind.can_be_launched(number));

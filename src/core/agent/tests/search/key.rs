@@ -1,44 +1,44 @@
-//! A state without what no decision depends on: two that have the same key go on alike.
+//! A state without the parts that no decision depends on: two states with the same key continue alike.
 //!
-//! Times are relative to the present, and cut off where a longer one makes no difference; counters likewise.
+//! Times are relative to now and capped where a longer time makes no difference; counters likewise.
 
 use std::time::{Duration, Instant};
 
-use super::super::super::probation::TRIES;
+use super::super::super::probation::MAX_FAILURES;
 use super::super::super::{Activation, Activity, Agent, HeldRelease};
-use super::world::{State, World, Writing, number_of};
+use super::model::{Model, State, Writing, number_of};
 use crate::core::ledger::{LedgerEntry, LedgerRelease};
 use crate::core::model::Version;
 use crate::core::order::Run;
 
 /// Longer than any probation with its patience.
 const LONG: Duration = Duration::from_secs(130);
-/// So many failures make no delay longer.
+/// More failures do not lengthen the delay.
 const MANY: u32 = 13;
 
 pub type Key = Vec<i64>;
 
-pub fn of(world: &World, state: &State) -> Key {
+pub fn of(model: &Model, state: &State) -> Key {
     let mut key = vec![];
     let set = |bits: &[bool]| bits.iter().fold(0, |all, bit| all * 2 + i64::from(*bit));
     key.push(set(&[
         state.is_unsaved,
-        state.clings,
+        state.survived_stop,
         state.discard_waits,
-        state.is_behind,
+        state.is_entry_unwritten,
         state.is_stopping,
         state.is_checking,
         state.is_admitting,
         state.is_switching,
         state.home_stops,
         state.is_suspect,
-        state.is_condemned,
+        state.is_skipped_on_disk,
         state.is_overruled,
     ]));
     key.extend([
         i64::from(state.order.0),
         state.order.1 as i64,
-        state.failed.min(TRIES) as i64,
+        state.failed.min(MAX_FAILURES) as i64,
         i64::from(state.faults * 8 + state.orders),
     ]);
     key.extend([i64::from(state.whole.0), i64::from(state.partial.0), i64::from(state.discarding.0)]);
@@ -56,21 +56,21 @@ pub fn of(world: &World, state: &State) -> Key {
         key.push(i64::from(*number) * 2 + i64::from(is_wanted));
     }
     key.push(-1);
-    entry(world, state, &state.disk, &mut key);
+    entry(model, state, &state.disk, &mut key);
     for writing in [&state.writing, &state.queued] {
         key.push(waits(state, writing));
         if let Some((_, said)) = writing {
-            entry(world, state, said, &mut key);
+            entry(model, state, said, &mut key);
         }
     }
     if let Some(known) = &state.agent {
         key.push(-3);
-        agent(world, state, known, &mut key);
+        agent(model, state, known, &mut key);
     }
     key
 }
 
-/// Whether this write is waited for.
+/// Whether the agent waits for this write.
 fn waits(state: &State, writing: &Writing) -> i64 {
     let Some((revision, _)) = writing else { return -1 };
     i64::from(state.recorded_with.is_some_and(|waits| waits <= *revision))
@@ -88,51 +88,51 @@ fn number(version: Option<&Version>) -> i64 {
     version.map_or(0, |version| i64::from(number_of(version)))
 }
 
-fn entry(world: &World, state: &State, entry: &LedgerEntry, key: &mut Key) {
+fn entry(model: &Model, state: &State, entry: &LedgerEntry, key: &mut Key) {
     let of = |release: Option<&LedgerRelease>| number(release.map(|release| &release.version));
-    let places = [entry.active(), entry.backup(), entry.probation(), entry.staged()];
-    key.push(places.into_iter().fold(0, |all, release| all * 4 + of(release)));
-    key.push(entry.probation_failures().min(TRIES) as i64);
-    key.push((0..4).filter(|number| entry.has_given_up(&super::world::version_of(*number))).map(i64::from).sum());
+    let releases = [entry.active(), entry.backup(), entry.probation(), entry.staged()];
+    key.push(releases.into_iter().fold(0, |all, release| all * 4 + of(release)));
+    key.push(entry.probation_failures().min(MAX_FAILURES) as i64);
+    key.push((0..4).filter(|number| entry.has_given_up(&super::model::version_of(*number))).map(i64::from).sum());
     // Which order is overruled: only the present one can be.
     key.push([0, 1, 2, 3].into_iter().fold(i64::from(entry.is_held()), |all, version| {
-        let overrules = |retry| entry.overrules(&super::world::version_of(version), None, retry);
+        let overrules = |retry| entry.overrules(&super::model::version_of(version), None, retry);
         all * 4 + i64::from(overrules(0)) + i64::from(overrules(1))
     }));
     for skipped in entry.skips() {
-        let left = skipped.until.map(|until| until.saturating_sub(world.unix_seconds(state.now)));
+        let left = skipped.until.map(|until| until.saturating_sub(model.unix_seconds(state.now)));
         key.extend([number(Some(&skipped.version)), left.map_or(-1, |left| left as i64)]);
         key.extend([i64::from(skipped.failures.min(MANY)), skipped.retry as i64]);
     }
     key.push(-2);
 }
 
-fn agent(world: &World, state: &State, agent: &Agent, key: &mut Key) {
+fn agent(model: &Model, state: &State, agent: &Agent, key: &mut Key) {
     let now = state.now;
     key.extend(agent.supervisor.outline(now));
     key.push(-4);
-    work(world, state, &agent.work, key);
-    entry(world, state, &agent.ledger, key);
+    work(model, state, &agent.activity, key);
+    entry(model, state, &agent.ledger, key);
     let versions =
         |set: &std::collections::BTreeSet<Version>| set.iter().fold(0, |all, version| all + (1 << number_of(version)));
-    key.extend([versions(&agent.releases), versions(&agent.leaving), agent.unanswered.len() as i64]);
+    key.extend([versions(&agent.releases), versions(&agent.removing), agent.pending_stagings.len() as i64]);
     key.extend([
         i64::from(agent.program.is_some()),
         i64::from(agent.run == Run::Start),
         i64::from(agent.spec.is_some()),
         number(agent.running.as_ref()),
         i64::from(agent.home_stops),
-        i64::from(agent.returned.is_some()),
+        i64::from(agent.rolled_back.is_some()),
         agent.order.as_ref().map_or(-1, |order| number(Some(&order.package.version)) * 2 + order.retry as i64),
         i64::from(agent.starts_when_inspected),
     ]);
     let since = |since: Option<Instant>| since.map_or(-1, |since| age(now, since));
-    key.extend([since(agent.seen.waits_since), since(agent.seen.up_since)]);
-    key.push(i64::from(agent.seen.is_done) * 2 + i64::from(agent.seen.is_excused));
-    key.push(agent.seen.last_life.map_or(-1, |life| span(life.min(LONG))));
+    key.extend([since(agent.progress.waits_since), since(agent.progress.up_since)]);
+    key.push(i64::from(agent.progress.is_done) * 2 + i64::from(agent.progress.is_excused));
+    key.push(agent.progress.last_life.map_or(-1, |life| span(life.min(LONG))));
 }
 
-fn work(world: &World, state: &State, work: &Activity, key: &mut Key) {
+fn work(model: &Model, state: &State, work: &Activity, key: &mut Key) {
     let failures = |failures: u32| i64::from(failures.min(MANY));
     let of = |activation: &Activation, key: &mut Key| {
         key.extend([number(Some(&activation.ready.release.version)), activation.order.retry as i64]);
@@ -163,9 +163,9 @@ fn work(world: &World, state: &State, work: &Activity, key: &mut Key) {
         Activity::Switching { activation, before } => {
             key.push(7);
             of(activation, key);
-            entry(world, state, before, key);
+            entry(model, state, before, key);
         }
-        Activity::Returning(back) => {
+        Activity::RollingBack(back) => {
             key.extend([8, number(Some(&back.from)), number(Some(&back.to)), i64::from(back.recorded)]);
         }
         Activity::SwitchingBack(back) => key.extend([9, number(Some(&back.from)), number(Some(&back.to))]),

@@ -1,40 +1,40 @@
-//! The manager's part, as `spm::manager` plays it: a plan, the actions that are carried out, and what a new manager finds.
+//! The manager's part, as in `spm::manager`: it plans, carries out actions, and restores the state at a start.
 
 use std::collections::BTreeMap;
 
 use super::super::*;
+use super::model::{Done, Model, NEW, State, number_of, ordered, release_of, version_of};
 use super::rules::is_skipped;
-use super::world::{Done, NEW, State, World, number_of, ordered, release_of, version_of};
 use crate::core::desired::DesiredState;
 use crate::core::reconcile::{self, ReconcileStep};
 
-impl World {
-    /// An input of the manager; `replans`: a plan goes by it.
-    pub fn hear(&self, state: &mut State, event: AgentEvent, replans: bool) -> Done {
+impl Model {
+    /// An input of the manager. `replans`: a new plan follows it.
+    pub fn handle(&self, state: &mut State, event: AgentEvent, replans: bool) -> Done {
         let is_down = |state: &State| state.agent.as_ref().is_some_and(Agent::is_down_for_upgrade);
         state.replan |= replans;
         let was_down = is_down(state);
-        self.tell(state, event)?;
+        self.send(state, event)?;
         state.replan |= was_down && !is_down(state);
         Ok(())
     }
 
-    pub fn tell(&self, state: &mut State, event: AgentEvent) -> Done {
+    pub fn send(&self, state: &mut State, event: AgentEvent) -> Done {
         let at = self.at(state.now);
         let Some(agent) = &mut state.agent else { return Ok(()) };
         let actions = agent.step(event, at);
         self.perform(state, actions)
     }
 
-    /// What the manager does before it waits for the next input.
-    pub fn turn(&self, state: &mut State) -> Done {
+    /// The manager's work until it waits for the next input.
+    pub fn work(&self, state: &mut State) -> Done {
         if std::mem::take(&mut state.replan) && !state.home_stops {
             self.reconcile(state)?;
         }
         let Some(agent) = &state.agent else { return Ok(()) };
         if std::mem::take(&mut state.is_changed) {
-            state.asked += 1;
-            let next = Some((state.asked, agent.to_record()));
+            state.revision += 1;
+            let next = Some((state.revision, agent.to_record()));
             if state.writing.is_some() {
                 state.queued = next;
             } else {
@@ -64,7 +64,7 @@ impl World {
                 ReconcileStep::Uninstall { .. } => AgentEvent::Uninstall,
                 ReconcileStep::Discard { version, .. } => AgentEvent::Discard(version),
             };
-            self.tell(state, event)?;
+            self.send(state, event)?;
         }
         Ok(())
     }
@@ -87,33 +87,33 @@ impl World {
                     state.failed = 0;
                 }
                 if state.is_overruled || agent.ledger().overrules(&version, None, state.order.1) {
-                    return Err("an order is followed that an operator has overruled");
+                    return Err("an overruled order is followed");
                 }
                 state.is_admitting = true;
             }
             AgentAction::Record { wait } => {
                 state.is_changed = true;
                 if wait {
-                    state.recorded_with = Some(state.asked + 1);
+                    state.recorded_with = Some(state.revision + 1);
                 }
             }
             AgentAction::RaiseEpoch(release) => {
                 if number_of(&release.version) == NEW && !self.scenario.kind.passes() {
-                    return Err("the epoch of a bad release counts");
+                    return Err("the epoch of a bad release is raised");
                 }
             }
             AgentAction::Switch(version) => {
-                if state.process.is_some() && !state.clings {
-                    return Err("the release is changed while the one before runs");
+                if state.process.is_some() && !state.survived_stop {
+                    return Err("the link is changed while the previous release runs");
                 }
                 self.is_durable(state, &version, agent, false)?;
                 state.is_switching = true;
             }
-            AgentAction::Remove => return Err("it is removed"),
+            AgentAction::Remove => return Err("the sub-agent is removed"),
             AgentAction::Discard(version) => {
                 let number = number_of(&version);
                 if state.process.is_some_and(|process| process.version == number) {
-                    return Err("the files of what runs are removed");
+                    return Err("the files of the running release are removed");
                 }
                 let is_kept = state.whole.has(number) && state.disk.kept().any(|kept| *kept == version);
                 if is_kept && !state.is_unsaved {
@@ -124,9 +124,9 @@ impl World {
             AgentAction::Inspect(version) => state.inspecting.push(number_of(&version)),
             AgentAction::Start => {
                 let (Some(version), Some(_)) = (agent.current().cloned(), agent.program()) else {
-                    return Err("a start is asked for that nobody can carry out");
+                    return Err("a start is requested that cannot be carried out");
                 };
-                if state.launching.is_some() || state.process.is_some() && !state.clings {
+                if state.launching.is_some() || state.process.is_some() && !state.survived_stop {
                     return Err("a second process is launched");
                 }
                 self.is_durable(state, &version, agent, true)?;
@@ -139,33 +139,33 @@ impl World {
         Ok(())
     }
 
-    /// What is acted on is on disk; a return and a restart need not wait for a disk that cannot be written. The active release may be
-    /// restarted while another is recorded.
+    /// The ledger on disk must include a release before it is used. A roll back and a restart do not wait for a disk that cannot be written, and
+    /// the active release may be restarted while another is recorded.
     fn is_durable(&self, state: &State, version: &Version, agent: &Agent, starts: bool) -> Done {
         let is = |release: Option<&LedgerRelease>| release.is_some_and(|release| release.version == *version);
-        let restarts = starts && agent.returned.is_none();
+        let restarts = starts && agent.rolled_back.is_none();
         let may = is(state.disk.current()) || is(state.disk.active()) && restarts;
-        let is_activation = matches!(agent.work, Activity::Switching { .. });
-        match may || !is_activation && (state.is_unsaved || state.is_behind) {
+        let is_activation = matches!(agent.activity, Activity::Switching { .. });
+        match may || !is_activation && (state.is_unsaved || state.is_entry_unwritten) {
             true => Ok(()),
             false => Err("a release is used that the ledger on disk does not name"),
         }
     }
 
-    /// A new manager finds what there is.
+    /// A new manager restores the state that it finds.
     pub fn take_charge(&self, state: &mut State) -> Done {
         state.home_stops = false;
-        (state.asked, state.is_unsaved, state.replan) = (0, false, true);
-        // A new admission that is not on disk has not been.
+        (state.revision, state.is_unsaved, state.replan) = (0, false, true);
+        // A new admission that is not on disk did not happen.
         state.failed = state.failed.max(state.disk.probation_failures());
         let mut ledger = state.disk.clone();
-        ledger.keep_whole(|version| state.whole.has(number_of(version)));
+        ledger.drop_incomplete(|version| state.whole.has(number_of(version)));
         let running = state.process.map(|process| process.version);
         if let Some(running) = running.filter(|running| state.whole.has(*running)) {
             ledger.resume(&release_of(running));
         }
         state.is_changed = ledger != state.disk;
-        (state.is_behind, state.discard_waits) = (state.is_changed, false);
+        (state.is_entry_unwritten, state.discard_waits) = (state.is_changed, false);
         let current = ledger.current().map(|release| number_of(&release.version));
         let recorded = state.record.map(|record| record.version);
         let unfinished = state.partial.all().filter(|version| Some(*version) != recorded).map(version_of);
@@ -177,8 +177,8 @@ impl World {
             restarts: 0,
             order: Some(ordered(state.order)),
         };
-        let (agent, actions) = Agent::found("a".parse().unwrap(), found);
-        state.is_condemned |= is_skipped(agent.ledger(), NEW);
+        let (agent, actions) = Agent::restore("a".parse().unwrap(), found);
+        state.is_skipped_on_disk |= is_skipped(agent.ledger(), NEW);
         state.agent = Some(agent);
         self.perform(state, actions)?;
         let (at, spec) = (self.at(state.now), Spec::default());
@@ -188,7 +188,7 @@ impl World {
             (None, Some(record)) => {
                 let version = version_of(record.version);
                 let is_wanted = record.version == state.order.0 && agent.current() == Some(&version);
-                // An end that no manager saw counts as a failure.
+                // An exit that no manager saw counts as a failure.
                 let is_unseen = record.ended.is_none();
                 state.failed += u64::from(is_unseen && record.version == NEW);
                 state.is_suspect |= is_unseen && record.version != 1;
@@ -197,7 +197,7 @@ impl World {
                     how: "it exited".to_owned(),
                     was_seen: record.ended.is_some(),
                 };
-                agent.bury(9, version, end, is_wanted.then_some(spec), at)
+                agent.adopt_exited(9, version, end, is_wanted.then_some(spec), at)
             }
             (None, None) => vec![],
         };

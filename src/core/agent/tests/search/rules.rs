@@ -1,13 +1,13 @@
-//! What must hold in every state, and when a change of release is over.
+//! The rules that hold in every state, and when a change of release is complete.
 
 use super::super::super::Activity;
 use super::super::*;
-use super::world::{Kind, NEW, Ordered, State, World, Wrong, number_of, ordered, version_of};
+use super::model::{Kind, Model, NEW, Ordered, State, Violation, number_of, ordered, version_of};
 use crate::core::ledger::{LedgerEntry, SkippedRelease};
 
-impl World {
+impl Model {
     /// The rule that a state breaks.
-    pub fn breach(&self, state: &State) -> Option<Wrong> {
+    pub fn violation_of(&self, state: &State) -> Option<Violation> {
         let is_bad = !self.scenario.kind.passes();
         let number = |release: Option<&LedgerRelease>| release.map(|release| number_of(&release.version));
         let lies = |release: Option<&LedgerRelease>| number(release).is_none_or(|number| state.whole.has(number));
@@ -15,7 +15,7 @@ impl World {
             return Some("a bad release is committed on disk");
         }
         if !lies(state.disk.active()) {
-            return Some("the active release is not whole");
+            return Some("the active release is not complete");
         }
         let skips_active = |entry: &LedgerEntry| number(entry.active()).is_some_and(|active| is_skipped(entry, active));
         if skips_active(&state.disk) {
@@ -27,10 +27,10 @@ impl World {
             return Some("a bad release is committed");
         }
         if !lies(ledger.active()) || !lies(ledger.backup()) || !lies(ledger.probation()) {
-            return Some("a release of the ledger is not whole");
+            return Some("a release of the ledger is not complete");
         }
         if number(ledger.active()) != Some(1) && ledger.backup().is_none() {
-            return Some("there is nothing to go back to");
+            return Some("there is no release to roll back to");
         }
         if skips_active(ledger) {
             return Some("the active release is skipped");
@@ -43,32 +43,32 @@ impl World {
         }
         let newest = state.queued.as_ref().or(state.writing.as_ref()).map_or(&state.disk, |(_, entry)| entry);
         if *newest != to_record && !(state.is_unsaved && state.writing.is_none()) {
-            return Some("the ledger is changed and not written");
+            return Some("the ledger is changed without a write");
         }
         if number(ledger.probation()) == Some(NEW) && ledger.probation_failures() > state.failed {
             return Some("a failure is counted twice");
         }
-        if state.is_condemned && number(to_record.current()) == Some(NEW) {
-            return Some("a condemned release is tried again");
+        if state.is_skipped_on_disk && number(to_record.current()) == Some(NEW) {
+            return Some("a skipped release is tried again");
         }
         if !is_bad && !state.is_suspect && is_skipped(ledger, NEW) {
-            return Some("a good release is condemned");
+            return Some("a good release is skipped");
         }
         let Ordered(version, retry) = state.order;
         let outlives = |skipped: &SkippedRelease| number_of(&skipped.version) != version || skipped.retry < retry;
-        if ledger.skipped_for_good().any(outlives) {
+        if ledger.permanently_skipped().any(outlives) {
             return Some("a skip outlives its order");
         }
         if ledger.is_held() && !ledger.overrules(&version_of(version), None, retry) {
             return Some("a hold outlives its order");
         }
-        if agent.supervisor().is_up() != (state.process.is_some() && !state.clings && !state.is_stopping) {
-            return Some("the process is not the one that the manager knows");
+        if agent.supervisor().is_up() != (state.process.is_some() && !state.survived_stop && !state.is_stopping) {
+            return Some("the process differs from the one of the manager");
         }
         None
     }
 
-    /// All that was to be reached is reached, and stays so.
+    /// Everything is as ordered, and stays so.
     pub fn is_end(&self, state: &State) -> bool {
         let Some(agent) = &state.agent else { return false };
         let is_quiet = state.writing.is_none()
@@ -88,16 +88,17 @@ impl World {
             && self.scenario.kind == Kind::CannotBeFetched
             && agent.deadline(state.now).is_some_and(|retry| retry > state.now);
         let is_answered = active == Some(version) || stays || is_skipped(ledger, version) || is_awaited;
-        let rests = is_awaited || state.staging.is_empty() && matches!(agent.work, Activity::Idle | Activity::Held(_));
+        let rests =
+            is_awaited || state.staging.is_empty() && matches!(agent.activity, Activity::Idle | Activity::Held(_));
         is_quiet
             && ledger.probation().is_none()
-            && agent.returned.is_none()
+            && agent.rolled_back.is_none()
             && (runs || is_done)
             && is_answered
             && rests
     }
 
-    /// A good release that nothing speaks against is ordered.
+    /// Whether a good release without an objection is ordered.
     pub fn is_to_be_committed(&self, state: &State) -> bool {
         let agent = state.agent.as_ref();
         let written = [&state.writing, &state.queued].into_iter().flatten().map(|(_, entry)| entry);
@@ -107,7 +108,7 @@ impl World {
     }
 }
 
-/// Until another release is ordered.
+/// Skipped until another release is ordered.
 pub fn is_skipped(entry: &LedgerEntry, number: u8) -> bool {
-    entry.skipped_for_good().any(|skipped| number_of(&skipped.version) == number)
+    entry.permanently_skipped().any(|skipped| number_of(&skipped.version) == number)
 }

@@ -1,14 +1,14 @@
-//! A sub-agent's home as the search sees it: the disk with the writes that are under way, its process, the manager, and what happens to them.
+//! The model of a sub-agent's home: the disk with the writes under way, its process, the manager, and the events.
 //!
-//! Outcomes come back in any order. Release 1 runs at first, 2 is what the search is about, 3 and 1 are good.
+//! Results arrive in any order. Release 1 runs at first, 2 is the one under search, 3 and 1 are good.
 //!
-//! Time passes from one deadline to the next, with whatever is under way; only a release that exits during its probation is looked at second
-//! by second.
+//! Time passes from one deadline to the next, with any work under way. Only a release that exits during its probation is stepped second by
+//! second.
 
 use super::super::super::Activity;
-use super::super::super::probation::TRIES;
+use super::super::super::probation::MAX_FAILURES;
 use super::super::*;
-use super::events::{Cut, Fetched, What};
+use super::events::{Cut, Fetched, SearchEvent};
 use super::key;
 use super::rules::is_skipped;
 use crate::core::health::HealthSpec;
@@ -16,21 +16,21 @@ use crate::core::manifest::Restart;
 use crate::core::supervise::CheckResult;
 use crate::core::units::Span;
 
-/// The release that the search is about.
+/// The release under search.
 pub const NEW: u8 = 2;
 
-/// Release 2.
+/// The kind of release 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Good,
     /// Its health checks fail for its first 40 seconds.
     Slow,
-    /// It does its work and ends, as its restart policy expects.
+    /// It completes its work and exits, as its restart policy expects.
     Job,
     ExitsAtOnce,
     /// It runs, and its health checks fail.
     Unhealthy,
-    /// Its health cannot be told.
+    /// Its health checks give no result.
     NeverAnswers,
     /// It runs without a fault and exits before its probation is over.
     ExitsOnProbation,
@@ -64,19 +64,19 @@ impl Kind {
     }
 }
 
-/// What may happen, besides the ends of a manager and power cuts, which always may.
+/// The possible events, apart from exits of the manager and power cuts, which are always possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scenario {
     pub kind: Kind,
-    /// So often something that is under way fails (an absent gateway is a fetch that fails), or a good release exits by itself.
+    /// How many operations fail (an absent gateway is a failed fetch) or good releases exit.
     pub faults: u8,
-    /// The operator rolls back, says that it is to be tried again, restarts it, and stops and starts the home.
+    /// The operator rolls back, retries, restarts, and stops and starts the home.
     pub operator: bool,
-    /// So often another release is ordered, or the same one with a higher `retry`.
+    /// How many times another release is ordered, or the same one with a higher `retry`.
     pub orders: u8,
 }
 
-/// What is ordered: a version, and `retry`.
+/// An order: a version and `retry`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ordered(pub u8, pub u64);
 
@@ -89,7 +89,7 @@ pub struct Process {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recorded {
     pub version: u8,
-    /// A manager has taken in its end, of which this is known.
+    /// The exit that a manager has handled, with its result.
     pub ended: Option<Option<bool>>,
 }
 
@@ -119,7 +119,7 @@ impl Set {
     }
 }
 
-/// The ledger on its way to the disk: its revision, and what it says.
+/// A ledger entry on its way to the disk: its revision and content.
 pub type Writing = Option<(u64, LedgerEntry)>;
 
 #[derive(Debug, Clone)]
@@ -132,23 +132,23 @@ pub struct State {
     pub disk: LedgerEntry,
     pub writing: Writing,
     pub queued: Writing,
-    pub asked: u64,
+    pub revision: u64,
     pub is_changed: bool,
     pub recorded_with: Option<u64>,
-    /// The last write has failed.
+    /// The last write failed.
     pub is_unsaved: bool,
     pub replan: bool,
     /// A removal waits for a write.
     pub discard_waits: bool,
-    /// The ledger has followed what was found or could not be done, and is not on disk yet.
-    pub is_behind: bool,
-    /// Releases on disk: whole, and unpacked or removed in part.
+    /// The entry was changed by a start or a failure and is not on disk yet.
+    pub is_entry_unwritten: bool,
+    /// Releases on disk: complete, and partly unpacked or removed.
     pub whole: Set,
     pub partial: Set,
     pub process: Option<Process>,
     pub record: Option<Recorded>,
     /// A stop has left the process running.
-    pub clings: bool,
+    pub survived_stop: bool,
     pub launching: Option<u8>,
     pub is_stopping: bool,
     pub is_checking: bool,
@@ -158,21 +158,21 @@ pub struct State {
     pub staging: Vec<(u64, u8)>,
     pub discarding: Set,
     pub home_stops: bool,
-    /// So many more things may fail.
+    /// The number of faults left.
     pub faults: u8,
     pub orders: u8,
-    /// Times that release 2 has failed since its last admission.
+    /// Failures of release 2 since its last admission.
     pub failed: u64,
-    /// Something happened for which a good release may be condemned.
+    /// Something happened that may roll back a good release.
     pub is_suspect: bool,
-    /// The ledger on disk says that release 2 is skipped, and nobody has said otherwise since.
-    pub is_condemned: bool,
-    /// The operator has returned to the release before, and has not said otherwise since, and this manager knows it.
+    /// The ledger on disk skips release 2, and no order or operator has changed this since.
+    pub is_skipped_on_disk: bool,
+    /// The operator rolled back and has not changed this since, and no new manager has started since.
     pub is_overruled: bool,
 }
 
-pub type Wrong = &'static str;
-pub type Done = Result<(), Wrong>;
+pub type Violation = &'static str;
+pub type Done = Result<(), Violation>;
 
 pub fn version_of(number: u8) -> Version {
     version(["0", "1", "2", "3"][usize::from(number)])
@@ -195,14 +195,14 @@ fn moment(now: Instant, start: Instant) -> Moment {
     Moment { now, unix_seconds, jitter: 0.0 }
 }
 
-pub struct World {
+pub struct Model {
     pub scenario: Scenario,
     start: Instant,
     programs: [Program; 4],
 }
 
-impl World {
-    pub fn new(scenario: Scenario) -> World {
+impl Model {
+    pub fn new(scenario: Scenario) -> Model {
         let program = |edit: &dyn Fn(&mut Manifest)| {
             let Program::Native(mut manifest) = manifest(&[]) else { panic!() };
             manifest.run.probation = Some(Span(S(3)));
@@ -221,7 +221,7 @@ impl World {
             Kind::Job => program(&|manifest| manifest.run.restart = Restart::OnFailure),
             _ => plain(),
         };
-        World { scenario, start: Instant::now(), programs: [plain(), plain(), new, plain()] }
+        Model { scenario, start: Instant::now(), programs: [plain(), plain(), new, plain()] }
     }
 
     pub fn at(&self, now: Instant) -> Moment {
@@ -237,26 +237,26 @@ impl World {
     }
 
     /// Release 1 runs, and 2 is ordered.
-    pub fn start(&self) -> Result<State, Wrong> {
+    pub fn start(&self) -> Result<State, Violation> {
         let down = State {
             now: self.start,
             agent: None,
             order: Ordered(NEW, 0),
-            disk: LedgerEntry::found(Some(release_of(1)), None),
+            disk: LedgerEntry::from_disk(Some(release_of(1)), None),
             writing: None,
             queued: None,
-            asked: 0,
+            revision: 0,
             is_changed: false,
             recorded_with: None,
             is_unsaved: false,
             replan: false,
             discard_waits: false,
-            is_behind: false,
+            is_entry_unwritten: false,
             whole: Set(0).with(1),
             partial: Set(0),
             process: Some(Process { version: 1, since: self.start }),
             record: Some(Recorded { version: 1, ended: None }),
-            clings: false,
+            survived_stop: false,
             launching: None,
             is_stopping: false,
             is_checking: false,
@@ -270,47 +270,48 @@ impl World {
             orders: self.scenario.orders,
             failed: 0,
             is_suspect: false,
-            is_condemned: false,
+            is_skipped_on_disk: false,
             is_overruled: false,
         };
-        self.apply(&down, What::Starts)
+        self.apply(&down, SearchEvent::Starts)
     }
 
-    pub fn apply(&self, state: &State, what: What) -> Result<State, Wrong> {
+    pub fn apply(&self, state: &State, event: SearchEvent) -> Result<State, Violation> {
         let mut after = state.clone();
-        if self.is_fault(state, what) {
+        if self.is_fault(state, event) {
             after.faults = state.faults.saturating_sub(1);
         }
-        match what {
-            What::Dies(cut) => after.die(cut, self.scenario.kind),
-            What::OrdersAndDies(order) => {
-                self.obey(&mut after, order);
+        match event {
+            SearchEvent::Dies(cut) => after.die(cut, self.scenario.kind),
+            SearchEvent::OrdersAndDies(order) => {
+                self.follow_order(&mut after, order);
                 after.die(Cut::NOTHING, self.scenario.kind);
             }
-            What::Exits if after.agent.is_none() => {
+            SearchEvent::Exits if after.agent.is_none() => {
                 self.lose_process(&mut after);
             }
-            What::PowerCut => (after.process, after.record, after.clings) = (None, None, false),
-            What::Later => after.now += S(200),
-            What::Starts => {
+            SearchEvent::PowerCut => (after.process, after.record, after.survived_stop) = (None, None, false),
+            SearchEvent::Later => after.now += S(200),
+            SearchEvent::Starts => {
                 self.take_charge(&mut after)?;
-                self.turn(&mut after)?;
+                self.work(&mut after)?;
             }
             _ => {
-                self.happen(&mut after, what)?;
-                self.turn(&mut after)?;
-                if what == What::Tick && after.now == state.now && key::of(self, state) == key::of(self, &after) {
-                    return Err("a time that has passed is waited for");
+                self.apply_event(&mut after, event)?;
+                self.work(&mut after)?;
+                if event == SearchEvent::Tick && after.now == state.now && key::of(self, state) == key::of(self, &after)
+                {
+                    return Err("a passed deadline is waited for");
                 }
             }
         }
-        self.breach(&after).map_or(Ok(after), Err)
+        self.violation_of(&after).map_or(Ok(after), Err)
     }
 
-    fn happen(&self, state: &mut State, what: What) -> Done {
-        match what {
-            What::Staged { place, fetched } => {
-                let (id, number) = state.staging.remove(place);
+    fn apply_event(&self, state: &mut State, event: SearchEvent) -> Done {
+        match event {
+            SearchEvent::Staged { index, fetched } => {
+                let (id, number) = state.staging.remove(index);
                 let version = version_of(number);
                 let failed = ReleaseError::failed("it cannot be fetched");
                 let result = match fetched {
@@ -322,88 +323,88 @@ impl World {
                     Fetched::Failed => Err(failed),
                     Fetched::Refused => Err(ReleaseError { refused: true, costly: true, ..failed }),
                 };
-                self.hear(state, AgentEvent::Staged { id, version, result }, true)
+                self.handle(state, AgentEvent::Staged { id, version, result }, true)
             }
-            What::Admitted { ok } => {
+            SearchEvent::Admitted { ok } => {
                 state.is_admitting = false;
-                let Some(Activity::Admitting { order, .. }) = state.agent.as_ref().map(|agent| &agent.work) else {
-                    return Err("nothing waits for an admission");
+                let Some(Activity::Admitting { order, .. }) = state.agent.as_ref().map(|agent| &agent.activity) else {
+                    return Err("no admission is under path");
                 };
                 let number = number_of(&order.package.version);
                 let result = match ok {
                     true => Ok((release_of(number), Some(self.program(number)))),
                     false => Err(ReleaseError::failed("the home cannot be read")),
                 };
-                self.hear(state, AgentEvent::Admitted(result), true)
+                self.handle(state, AgentEvent::Admitted(result), true)
             }
-            What::Written { ok, kept } => self.written(state, ok, kept),
-            What::Housekeeping => {
+            SearchEvent::Written { ok, kept } => self.written(state, ok, kept),
+            SearchEvent::Housekeeping => {
                 state.is_changed = true;
                 Ok(())
             }
-            What::Switched { ok } => {
+            SearchEvent::Switched { ok } => {
                 state.is_switching = false;
-                state.is_behind |= !ok;
+                state.is_entry_unwritten |= !ok;
                 let result = if ok { Ok(()) } else { Err("read-only file system".to_owned()) };
-                self.hear(state, AgentEvent::Switched(result), true)
+                self.handle(state, AgentEvent::Switched(result), true)
             }
-            What::Discarded(number) => {
+            SearchEvent::Discarded(number) => {
                 state.discarding = state.discarding.without(number);
                 state.remove(number);
-                self.hear(state, AgentEvent::Discarded(version_of(number)), true)
+                self.handle(state, AgentEvent::Discarded(version_of(number)), true)
             }
-            What::Inspected { place, ok } => {
-                let number = state.inspecting.remove(place);
+            SearchEvent::Inspected { index, ok } => {
+                let number = state.inspecting.remove(index);
                 state.is_suspect |= number != 1 && !ok;
                 let result = if ok { Ok(self.program(number)) } else { Err("no agent.toml".to_owned()) };
-                self.hear(state, AgentEvent::Inspected { version: version_of(number), result }, true)
+                self.handle(state, AgentEvent::Inspected { version: version_of(number), result }, true)
             }
-            What::Launched => {
-                let Some(number) = state.launching.take() else { return Err("nothing is launched") };
-                // What a failed stop has left is ended first.
-                state.clings = false;
+            SearchEvent::Launched => {
+                let Some(number) = state.launching.take() else { return Err("no launch is under path") };
+                // Processes that a failed stop left are stopped first.
+                state.survived_stop = false;
                 state.process = Some(Process { version: number, since: state.now });
                 state.record = Some(Recorded { version: number, ended: None });
-                self.hear(state, AgentEvent::Launched { pid: 9, version: version_of(number), runs_so: true }, false)
+                self.handle(state, AgentEvent::Launched { pid: 9, version: version_of(number), runs_so: true }, false)
             }
-            What::NotLaunched { refused } => {
+            SearchEvent::LaunchFailed { refused } => {
                 let number = state.launching.take();
                 if state.process.is_none() {
                     state.record = None;
                 }
                 state.failed += u64::from(number == Some(NEW) && !refused);
                 state.is_suspect |= number != Some(1) && !refused;
-                self.hear(
+                self.handle(
                     state,
-                    AgentEvent::NotLaunched(ReleaseError { refused, ..ReleaseError::failed("no such file") }),
+                    AgentEvent::LaunchFailed(ReleaseError { refused, ..ReleaseError::failed("no such file") }),
                     false,
                 )
             }
-            What::Stopped { ok } => {
+            SearchEvent::Stopped { ok } => {
                 state.is_stopping = false;
                 if ok {
-                    (state.process, state.record, state.clings) = (None, None, false);
+                    (state.process, state.record, state.survived_stop) = (None, None, false);
                 } else {
-                    state.clings = state.process.is_some();
+                    state.survived_stop = state.process.is_some();
                 }
-                self.hear(state, AgentEvent::Stopped(if ok { Ok(()) } else { Err("it hangs".to_owned()) }), true)
+                self.handle(state, AgentEvent::Stopped(if ok { Ok(()) } else { Err("it hangs".to_owned()) }), true)
             }
-            // Of one that a stop could not end nobody hears any more.
-            What::Exits if state.clings => {
+            // The exit of a process that a stop could not end is not reported any more.
+            SearchEvent::Exits if state.survived_stop => {
                 self.lose_process(state);
                 Ok(())
             }
-            What::Exits => {
+            SearchEvent::Exits => {
                 let is_new = state.process.is_some_and(|process| process.version == NEW);
                 let success = self.lose_process(state);
                 state.failed += u64::from(is_new);
                 state.is_suspect |= is_new && !success;
                 let event = AgentEvent::Exited { success: Some(success), how: "it exited".to_owned() };
                 let is_busy = state.agent.as_ref().is_some_and(Agent::is_busy);
-                self.hear(state, event, false)?;
+                self.handle(state, event, false)?;
                 let Some(agent) = &state.agent else { return Ok(()) };
                 let ledger = agent.ledger();
-                if !is_busy && ledger.probation_failures() >= TRIES && ledger.before_probation().is_some() {
+                if !is_busy && ledger.probation_failures() >= MAX_FAILURES && ledger.before_probation().is_some() {
                     return Err("a release that has failed too often is tried again");
                 }
                 if let Some(record) = state.record.as_mut().filter(|_| !agent.supervisor().is_stopping()) {
@@ -411,7 +412,7 @@ impl World {
                 }
                 Ok(())
             }
-            What::Checked => {
+            SearchEvent::Checked => {
                 state.is_checking = false;
                 let age = state.process.map_or(S(0), |process| state.now - process.since);
                 let answer = match self.scenario.kind {
@@ -419,77 +420,81 @@ impl World {
                     Kind::Slow if age >= S(40) => CheckResult::Healthy,
                     _ => CheckResult::Unhealthy("refused".to_owned()),
                 };
-                self.hear(state, AgentEvent::Checked(answer), false)?;
+                self.handle(state, AgentEvent::Checked(answer), false)?;
                 // Its health is why it is stopped.
                 state.failed += u64::from(state.is_stopping);
                 Ok(())
             }
-            What::Tick | What::Second => {
+            SearchEvent::Tick | SearchEvent::Second => {
                 let Some(agent) = &state.agent else { return Ok(()) };
-                let deadline = agent.deadline(state.now).filter(|_| what == What::Tick);
+                let deadline = agent.deadline(state.now).filter(|_| event == SearchEvent::Tick);
                 state.now = deadline.unwrap_or(state.now + S(1)).max(state.now);
                 // It is slow to start, or to answer.
                 state.is_suspect |= state.launching.is_some() || !state.inspecting.is_empty() || state.is_checking;
                 let (now, is_due) = (state.now, agent.is_due(state.now));
                 if is_due {
-                    self.tell(state, AgentEvent::Tick)?;
+                    self.send(state, AgentEvent::Tick)?;
                 }
                 state.replan |= state.agent.as_ref().is_some_and(|agent| agent.hold_is_over(now));
                 Ok(())
             }
-            What::HomeStops => {
+            SearchEvent::HomeStops => {
                 state.home_stops = true;
-                self.tell(state, AgentEvent::HomeStops)
+                self.send(state, AgentEvent::HomeStopping)
             }
-            What::RollBack => {
-                (state.is_condemned, state.is_overruled) = (false, false);
+            SearchEvent::RollBack => {
+                (state.is_skipped_on_disk, state.is_overruled) = (false, false);
                 state.is_overruled = true;
-                self.tell(state, AgentEvent::Return { overruled: Some(ordered(state.order)) })
+                self.send(state, AgentEvent::RollBack { overruled: Some(ordered(state.order)) })
             }
-            What::Retry => {
-                (state.is_condemned, state.is_overruled) = (false, false);
+            SearchEvent::Retry => {
+                (state.is_skipped_on_disk, state.is_overruled) = (false, false);
                 state.replan = true;
-                self.tell(state, AgentEvent::Retry)
+                self.send(state, AgentEvent::Retry)
             }
-            What::Restart => self.tell(state, AgentEvent::Restart),
-            What::Orders(order) => {
-                self.obey(state, order);
+            SearchEvent::Restart => self.send(state, AgentEvent::Restart),
+            SearchEvent::Orders(order) => {
+                self.follow_order(state, order);
                 state.replan = true;
-                self.tell(state, AgentEvent::Ordered(Some(ordered(order))))
+                self.send(state, AgentEvent::OrderChanged(Some(ordered(order))))
             }
-            What::OrdersAndDies(_) | What::Dies(_) | What::Later | What::PowerCut | What::Starts => Ok(()),
+            SearchEvent::OrdersAndDies(_)
+            | SearchEvent::Dies(_)
+            | SearchEvent::Later
+            | SearchEvent::PowerCut
+            | SearchEvent::Starts => Ok(()),
         }
     }
 
-    fn obey(&self, state: &mut State, order: Ordered) {
+    fn follow_order(&self, state: &mut State, order: Ordered) {
         state.order = order;
         state.orders -= 1;
-        (state.is_condemned, state.is_overruled) = (false, false);
+        (state.is_skipped_on_disk, state.is_overruled) = (false, false);
     }
 
-    /// Its process exits; whether as it is meant to.
+    /// Its process exits. Returns whether this is the expected exit.
     fn lose_process(&self, state: &mut State) -> bool {
         let process = state.process.take();
-        state.clings = false;
+        state.survived_stop = false;
         let is_new = process.is_some_and(|process| process.version == NEW);
         is_new && self.scenario.kind == Kind::Job
     }
 
-    /// A write has ended, well or not.
+    /// A write has completed or failed.
     fn written(&self, state: &mut State, ok: bool, kept: bool) -> Done {
-        let Some((revision, entry)) = state.writing.take() else { return Err("nothing is written") };
+        let Some((revision, entry)) = state.writing.take() else { return Err("no write is under path") };
         state.writing = state.queued.take();
         state.is_unsaved = !ok;
         state.replan |= std::mem::take(&mut state.discard_waits);
-        state.is_behind = !ok || state.is_behind && state.writing.is_some();
+        state.is_entry_unwritten = !ok || state.is_entry_unwritten && state.writing.is_some();
         if kept {
             state.disk = entry;
             let said = state.agent.as_ref().is_some_and(|agent| is_skipped(agent.ledger(), NEW));
-            state.is_condemned |= said && is_skipped(&state.disk, NEW);
+            state.is_skipped_on_disk |= said && is_skipped(&state.disk, NEW);
         }
         if state.recorded_with.take_if(|waits| *waits <= revision).is_some() {
             let result = if ok { Ok(()) } else { Err("no space left".to_owned()) };
-            self.tell(state, AgentEvent::Recorded(result))?;
+            self.send(state, AgentEvent::Recorded(result))?;
         }
         Ok(())
     }
@@ -501,7 +506,7 @@ impl State {
     }
 
     pub fn can_be_admitted(&self) -> bool {
-        let work = self.agent.as_ref().map(|agent| &agent.work);
+        let work = self.agent.as_ref().map(|agent| &agent.activity);
         matches!(work, Some(Activity::Admitting { order, .. }) if self.whole.has(number_of(&order.package.version)))
     }
 
@@ -509,7 +514,7 @@ impl State {
         (self.whole, self.partial) = (self.whole.without(number), self.partial.without(number));
     }
 
-    /// The manager is gone, in the middle of what was under way.
+    /// The manager dies in the middle of its work.
     fn die(&mut self, cut: Cut, kind: Kind) {
         if let Some((_, entry)) = self.writing.take().filter(|_| cut.write) {
             self.disk = entry;
@@ -540,7 +545,7 @@ impl State {
         }
         (self.agent, self.is_overruled) = (None, false);
         (self.queued, self.recorded_with) = (None, None);
-        (self.is_changed, self.is_unsaved, self.clings) = (false, false, false);
+        (self.is_changed, self.is_unsaved, self.survived_stop) = (false, false, false);
         (self.is_stopping, self.is_checking, self.is_admitting, self.is_switching) = (false, false, false, false);
         self.inspecting.clear();
     }

@@ -1,8 +1,8 @@
-//! A home as the search sees it: the disk with what is not yet synced, the two roles, and what happens to them.
+//! The model of a home: the disk with unsynced writes, the two roles, and the events.
 //!
-//! Every action that is possible in a state is possible at any time, but for three things that are taken as fair: what the new program does
-//! by itself it does before time passes; a heartbeat that can be sent is sent before the gateway goes; and one role at a time looks and acts.
-//! Time passes in ticks of a second, with limits of one or two.
+//! Every action that is possible in a state can happen at any time, with three fairness assumptions: the new program's own actions happen
+//! before time passes; a heartbeat that can be sent is sent before the gateway becomes unreachable; and only one role at a time observes and
+//! acts. Time passes in ticks of a second, with limits of one or two.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::core::unknown::UnknownFields;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Good,
-    /// Good, and of the same bytes as the old one.
+    /// Good, with the same bytes as the old one.
     SameBytes,
     ExitsAtOnce,
     NeverAnswers,
@@ -25,7 +25,7 @@ pub enum Kind {
     EatsMemory,
     EndsWatchdog,
     FailsProof,
-    /// It passes its proof, and its watchdog exits at once when it counts.
+    /// It passes its proof, and its watchdog exits at once after the commit.
     BadWatchdog,
 }
 
@@ -44,27 +44,27 @@ impl Kind {
         Kind::BadWatchdog,
     ];
 
-    /// No judge can find a fault with it.
+    /// No evaluation can find a fault with it.
     pub fn passes(self) -> bool {
         matches!(self, Kind::Good | Kind::SameBytes | Kind::BadWatchdog)
     }
 }
 
-/// What may happen in a search, besides crashes and power cuts, which always may.
+/// The possible events, apart from crashes and power cuts, which are always possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scenario {
     pub kind: Kind,
-    /// The gateway comes and goes.
+    /// The gateway becomes unreachable and reachable.
     pub gateway_changes: bool,
     /// The operator stops and starts the home, and decides about the trial.
     pub operator: bool,
-    /// Somebody else changes a file of the upgrade.
-    pub meddling: bool,
-    /// Before a step, whatever was left unsynced is synced.
+    /// Another program changes a file of the upgrade.
+    pub interferes: bool,
+    /// Before a step, all unsynced writes are synced.
     pub syncs_first: bool,
 }
 
-/// What changes a record.
+/// A change of the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Verb {
     Begin,
@@ -73,7 +73,7 @@ enum Verb {
     Spend,
 }
 
-/// A value on disk: as every process sees it, and as it is after a power cut at worst.
+/// A value on disk: as processes read it, and as it is after a power cut in the worst case.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cell<T> {
     pub now: T,
@@ -109,7 +109,7 @@ pub enum File {
     Broken,
     From,
     To,
-    /// Of a package manager.
+    /// From a package manager.
     Foreign,
 }
 
@@ -128,7 +128,7 @@ impl File {
 pub struct Spm {
     pub image: WhichRelease,
     staged: bool,
-    /// The record with a trial that it has begun and not written yet.
+    /// The record of a trial that it has begun and not written yet.
     pub begun: Option<u16>,
     answered: Option<u8>,
     adopted: bool,
@@ -137,7 +137,7 @@ pub struct Spm {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Asked {
+enum ProbeResult {
     Not,
     Works(u8),
     Fails(u8),
@@ -148,17 +148,17 @@ pub struct Spa {
     pub image: WhichRelease,
     pub died: bool,
     pub took_over: bool,
-    probe: Asked,
+    probe: ProbeResult,
     proof: Option<bool>,
 }
 
-/// What somebody else did to the home; at most one such thing in a history.
+/// A change of the home by another program; at most one in each history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Meddled {
+pub enum Interference {
     No,
     RecordLost,
     BackupLost,
-    /// The role links are led to `bin/aops`.
+    /// The role links are pointed at `bin/aops`.
     LinksMoved,
     /// The old executable is put at `bin/aops` again.
     PutBack,
@@ -169,7 +169,7 @@ pub enum Meddled {
 pub struct State {
     pub bin: Cell<File>,
     pub prev: Cell<File>,
-    /// Whether they lead to the backup: the watchdog's link, and the others.
+    /// Whether these links point at the backup: the watchdog's, and the others.
     pub spa_link: Cell<bool>,
     pub other_links: Cell<bool>,
     pub record: Cell<u16>,
@@ -178,12 +178,12 @@ pub struct State {
     pub spa: Option<Spa>,
     pub stopped: bool,
     pub gateway: bool,
-    pub meddled: Meddled,
-    /// The release was condemned.
-    pub condemned: bool,
+    pub interference: Interference,
+    /// The release was rolled back and is skipped.
+    pub is_skipped: bool,
 }
 
-pub struct World<'a> {
+pub struct Model<'a> {
     pub kind: Kind,
     scenario: Scenario,
     pub guards: &'a Guards,
@@ -192,11 +192,11 @@ pub struct World<'a> {
     changed: HashMap<(u16, Verb), Option<u16>>,
 }
 
-/// A state that follows, and by what; or what is wrong with that.
-pub type Follows = Result<State, &'static str>;
+/// The next state, or the rule that the step breaks.
+pub type Outcome = Result<State, &'static str>;
 
-impl World<'_> {
-    pub fn new(scenario: Scenario, guards: &Guards) -> World<'_> {
+impl Model<'_> {
+    pub fn new(scenario: Scenario, guards: &Guards) -> Model<'_> {
         let second = Duration::from_secs(1);
         let limits = TrialLimits {
             minimum_life: 2 * second,
@@ -207,7 +207,7 @@ impl World<'_> {
             failed_proofs: 2,
             lost_watchdogs: 2,
         };
-        World { kind: scenario.kind, scenario, guards, limits, records: vec![], changed: HashMap::new() }
+        Model { kind: scenario.kind, scenario, guards, limits, records: vec![], changed: HashMap::new() }
     }
 
     pub fn start(&mut self) -> State {
@@ -223,22 +223,22 @@ impl World<'_> {
             spa: Some(fresh(WhichRelease::From)),
             stopped: false,
             gateway: true,
-            meddled: Meddled::No,
-            condemned: false,
+            interference: Interference::No,
+            is_skipped: false,
         }
     }
 
-    /// The state without what no decision depends on.
-    pub fn normal(&self, mut state: State) -> State {
+    /// The state without the parts that no decision depends on.
+    pub fn normalize(&self, mut state: State) -> State {
         let in_place = state.bin.now == File::To || self.kind == Kind::SameBytes;
-        let judged = in_place && matches!(self.phase(&state), Some(UpgradePhase::Switching | UpgradePhase::Trial));
+        let on_trial = in_place && matches!(self.phase(&state), Some(UpgradePhase::Switching | UpgradePhase::Trial));
         match &mut state.spm {
-            Some(spm) if spm.image == WhichRelease::To && !judged => *spm = settled(WhichRelease::To),
+            Some(spm) if spm.image == WhichRelease::To && !on_trial => *spm = settled(WhichRelease::To),
             _ => {}
         }
         match &mut state.spa {
-            Some(spa) if !judged => *spa = fresh(spa.image),
-            Some(spa) if state.spm.is_some_and(|spm| spm.heartbeat) => spa.probe = Asked::Not,
+            Some(spa) if !on_trial => *spa = fresh(spa.image),
+            Some(spa) if state.spm.is_some_and(|spm| spm.heartbeat) => spa.probe = ProbeResult::Not,
             _ => {}
         }
         state
@@ -265,14 +265,14 @@ impl World<'_> {
     }
 
     fn id(&mut self, record: UpgradeRecord) -> u16 {
-        let place = self.records.iter().position(|known| *known == record).unwrap_or(self.records.len());
-        if place == self.records.len() {
+        let index = self.records.iter().position(|known| *known == record).unwrap_or(self.records.len());
+        if index == self.records.len() {
             self.records.push(record);
         }
-        u16::try_from(place).unwrap()
+        u16::try_from(index).unwrap()
     }
 
-    /// The record after this; `None`: it does not apply.
+    /// The record after a change; `None`: the change does not apply.
     fn changed(&mut self, id: u16, verb: Verb) -> Option<u16> {
         if let Some(known) = self.changed.get(&(id, verb)) {
             return *known;
@@ -289,8 +289,8 @@ impl World<'_> {
         after
     }
 
-    fn evidence(&self, state: &State, asker: Decider) -> (u16, Evidence) {
-        let begun = state.spm.and_then(|spm| spm.begun).filter(|_| asker == Decider::Manager);
+    fn evidence(&self, state: &State, decider: Decider) -> (u16, Evidence) {
+        let begun = state.spm.and_then(|spm| spm.begun).filter(|_| decider == Decider::Manager);
         let record = begun.unwrap_or(state.record.now);
         let trial = self.records[usize::from(record)].trial();
         let executable = match state.bin.now {
@@ -303,7 +303,7 @@ impl World<'_> {
         };
         let seconds = |count: u8| Duration::from_secs(u64::from(count));
         let evidence = Evidence {
-            asker,
+            decider,
             recorded: begun.is_none(),
             executable,
             backup_whole: state.prev.now == File::From,
@@ -313,7 +313,7 @@ impl World<'_> {
                 _ => RoleLinks::Mixed,
             },
             installed: state.installed.now,
-            staged: asker == Decider::Manager && state.spm.is_some_and(|spm| spm.staged),
+            staged: decider == Decider::Manager && state.spm.is_some_and(|spm| spm.staged),
             manager: state.spm.map(|spm| ManagerEvidence {
                 image: spm.image,
                 answered: spm.answered.map(seconds),
@@ -325,9 +325,9 @@ impl World<'_> {
             died: state.spa.is_some_and(|spa| spa.died),
             took_over: state.spa.is_some_and(|spa| spa.took_over),
             probe: match state.spa.map(|spa| spa.probe) {
-                None | Some(Asked::Not) => Probe::NotAsked,
-                Some(Asked::Works(ago)) => Probe::Works(seconds(ago)),
-                Some(Asked::Fails(ago)) => Probe::Fails(seconds(ago)),
+                None | Some(ProbeResult::Not) => Probe::NotAsked,
+                Some(ProbeResult::Works(ago)) => Probe::Works(seconds(ago)),
+                Some(ProbeResult::Fails(ago)) => Probe::Fails(seconds(ago)),
             },
             proof: match state.spa.and_then(|spa| spa.proof) {
                 None => Proof::NotBegun,
@@ -339,39 +339,39 @@ impl World<'_> {
         (record, evidence)
     }
 
-    pub fn step(&self, state: &State, asker: Decider) -> UpgradeStep {
-        let (record, evidence) = self.evidence(state, asker);
+    pub fn step(&self, state: &State, decider: Decider) -> UpgradeStep {
+        let (record, evidence) = self.evidence(state, decider);
         decide(&self.records[usize::from(record)], &evidence, &self.limits, self.guards)
     }
 
-    /// Carries out the next step of a role: whole, and cut short by the death of the process before what it wrote is synced.
-    pub fn act(&mut self, state: &State, asker: Decider) -> Vec<Follows> {
-        let step = self.step(state, asker);
-        let (id, _) = self.evidence(state, asker);
+    /// Executes the next step of a role: completely, and interrupted by the death of its process before its writes are synced.
+    pub fn act(&mut self, state: &State, decider: Decider) -> Vec<Outcome> {
+        let step = self.step(state, decider);
+        let (id, _) = self.evidence(state, decider);
         let mut cut = vec![];
-        // Whatever a step before has left unsynced is synced first.
+        // Unsynced writes of an earlier step are synced first.
         let mut after = *state;
         if self.scenario.syncs_first {
             sync(&mut after);
         }
         match step {
             UpgradeStep::Nothing | UpgradeStep::Wait(_) => return vec![],
-            UpgradeStep::Save => write(&mut after, id, asker),
+            UpgradeStep::Save => write(&mut after, id, decider),
             UpgradeStep::Record(change) => {
-                if let Some(wrong) = self.wrong(state, asker, change) {
-                    return vec![Err(wrong)];
+                if let Some(violation) = self.violation(state, decider, change) {
+                    return vec![Err(violation)];
                 }
                 let Some(id) = self.changed(id, Verb::Apply(change)) else {
-                    return vec![Err("a change that does not apply is asked for")];
+                    return vec![Err("a change that does not apply is requested")];
                 };
-                write(&mut after, id, asker);
+                write(&mut after, id, decider);
                 note(&mut after, change);
             }
             UpgradeStep::BackUp => after.prev.now = after.bin.now,
             UpgradeStep::LinkToBackup | UpgradeStep::LinkToExecutable => {
                 let backup = step == UpgradeStep::LinkToBackup;
                 after.spa_link.now = backup;
-                cut.push(dead(after, asker));
+                cut.push(dead(after, decider));
                 after.other_links.now = backup;
             }
             UpgradeStep::Swap if !state.spm.is_some_and(|spm| spm.staged) => {
@@ -384,12 +384,12 @@ impl World<'_> {
                 after.spm = None;
                 return vec![Ok(after)];
             }
-            UpgradeStep::EndWatchdog => {
+            UpgradeStep::StopWatchdog => {
                 after.spa = None;
                 return vec![Ok(after)];
             }
             UpgradeStep::Probe => {
-                let answer = if state.gateway { Asked::Works(0) } else { Asked::Fails(0) };
+                let answer = if state.gateway { ProbeResult::Works(0) } else { ProbeResult::Fails(0) };
                 after.spa.iter_mut().for_each(|spa| spa.probe = answer);
                 return vec![Ok(after)];
             }
@@ -399,39 +399,41 @@ impl World<'_> {
                 return vec![Ok(after)];
             }
         }
-        cut.push(dead(after, asker));
+        cut.push(dead(after, decider));
         sync(&mut after);
-        after.condemned |= self.record(&after).trial().is_some_and(|trial| trial.condemned);
+        after.is_skipped |= self.record(&after).trial().is_some_and(|trial| trial.condemned);
         std::iter::once(after).chain(cut).map(Ok).collect()
     }
 
-    /// What must not be recorded.
-    fn wrong(&self, state: &State, asker: Decider, change: RecordChange) -> Option<&'static str> {
+    /// The rule that a change of the record breaks.
+    fn violation(&self, state: &State, decider: Decider, change: RecordChange) -> Option<&'static str> {
         let counts = |reason| !matches!(reason, TrialEndReason::Aborted | TrialEndReason::Installer);
-        let is_new = asker == Decider::Watchdog && state.spa.is_some_and(|spa| spa.image != WhichRelease::From);
+        let is_new = decider == Decider::Watchdog && state.spa.is_some_and(|spa| spa.image != WhichRelease::From);
         match change {
             RecordChange::Commit(None) | RecordChange::RollBack { .. } if is_new => {
-                Some("the new program judges itself")
+                Some("the new program evaluates itself")
             }
             RecordChange::Commit(None) if !self.kind.passes() => Some("a bad release is committed"),
-            RecordChange::Commit(Some(TrialEndReason::NoBackup)) if state.meddled != Meddled::BackupLost => {
-                Some("a release is committed for want of a backup")
+            RecordChange::Commit(Some(TrialEndReason::NoBackup)) if state.interference != Interference::BackupLost => {
+                Some("a release is committed without a lost backup")
             }
-            RecordChange::LoseTry | RecordChange::LoseWatchdog | RecordChange::FailProof if state.stopped => {
+            RecordChange::CountDeath | RecordChange::CountLostWatchdog | RecordChange::CountFailedProof
+                if state.stopped =>
+            {
                 Some("a stop counts against the release")
             }
             RecordChange::RollBack { reason, .. } if state.stopped && counts(reason) => {
-                Some("a stopped release is condemned")
+                Some("a stopped release is rolled back")
             }
             RecordChange::RollBack { reason, .. } if self.kind.passes() && counts(reason) => match reason {
-                TrialEndReason::Died | TrialEndReason::WatchdogEnded => None,
-                _ => Some("a good release is condemned"),
+                TrialEndReason::Died | TrialEndReason::WatchdogExited => None,
+                _ => Some("a good release is rolled back"),
             },
             _ => None,
         }
     }
 
-    /// Whether the new manager is about to do something by itself.
+    /// The next action of the new manager, if it has one.
     pub fn progress(&self, state: &State) -> Option<State> {
         let mut after = *state;
         let spm = after.spm.as_mut().filter(|spm| spm.image == WhichRelease::To)?;
@@ -453,7 +455,7 @@ impl World<'_> {
         Some(after)
     }
 
-    /// A second passes while the watchdog judges.
+    /// A second passes in which the watchdog evaluates the trial.
     pub fn tick(&mut self, state: &State) -> Option<State> {
         let spa_waits = match self.step(state, Decider::Watchdog) {
             UpgradeStep::Wait(wait) => wait,
@@ -473,9 +475,9 @@ impl World<'_> {
         }
         if let Some(spa) = &mut after.spa {
             spa.probe = match spa.probe {
-                Asked::Works(_) => Asked::Works(1),
-                Asked::Fails(_) => Asked::Fails(1),
-                Asked::Not => Asked::Not,
+                ProbeResult::Works(_) => ProbeResult::Works(1),
+                ProbeResult::Fails(_) => ProbeResult::Fails(1),
+                ProbeResult::Not => ProbeResult::Not,
             };
         }
         Some(after)
@@ -496,7 +498,7 @@ impl World<'_> {
         let mut after = *state;
         after.spm = Some(if image == WhichRelease::To { new_manager() } else { settled(image) });
         if let Some(spa) = &mut after.spa {
-            spa.probe = Asked::Not;
+            spa.probe = ProbeResult::Not;
         }
         if image == WhichRelease::To && self.kind == Kind::ExitsAtOnce {
             after = without_spm(after);
@@ -524,8 +526,8 @@ impl World<'_> {
         Some(State { spa: Some(Spa { took_over, ..fresh(image) }), ..*state })
     }
 
-    /// What anybody but the roles and the new program may do now.
-    pub fn happens(&mut self, state: &State) -> Vec<Follows> {
+    /// The possible events outside of the roles and the new program.
+    pub fn possible(&mut self, state: &State) -> Vec<Outcome> {
         let mut all = vec![];
         if state.spm.is_some() {
             all.push(without_spm(*state));
@@ -542,35 +544,35 @@ impl World<'_> {
         if !state.gateway || may_go && self.progress(state).is_none() {
             all.push(State { gateway: !state.gateway, ..*state });
         }
-        let is_heard = state.spm.is_some_and(|spm| spm.begun.is_none()) || state.spa.is_some();
-        if self.scenario.operator && is_heard {
+        let can_receive = state.spm.is_some_and(|spm| spm.begun.is_none()) || state.spa.is_some();
+        if self.scenario.operator && can_receive {
             for force in [OperatorDecision::Commit, OperatorDecision::Abort] {
                 let forced = self.changed(state.record.now, Verb::Force(force));
                 all.extend(forced.map(|id| State { record: Cell::new(id), ..*state }));
             }
         }
         let trial = self.record(state).trial().is_some();
-        if self.scenario.meddling && state.meddled == Meddled::No && trial {
+        if self.scenario.interferes && state.interference == Interference::No && trial {
             let lost = self.id(UpgradeRecord::default());
-            all.push(State { record: Cell::new(lost), meddled: Meddled::RecordLost, ..*state });
-            all.push(State { prev: Cell::new(File::Broken), meddled: Meddled::BackupLost, ..*state });
-            all.push(State { bin: Cell::new(File::Foreign), meddled: Meddled::Replaced, ..*state });
+            all.push(State { record: Cell::new(lost), interference: Interference::RecordLost, ..*state });
+            all.push(State { prev: Cell::new(File::Broken), interference: Interference::BackupLost, ..*state });
+            all.push(State { bin: Cell::new(File::Foreign), interference: Interference::Replaced, ..*state });
             let home = Cell::new(false);
-            all.push(State { spa_link: home, other_links: home, meddled: Meddled::LinksMoved, ..*state });
-            all.push(State { bin: Cell::new(File::From), meddled: Meddled::PutBack, ..*state });
+            all.push(State { spa_link: home, other_links: home, interference: Interference::LinksMoved, ..*state });
+            all.push(State { bin: Cell::new(File::From), interference: Interference::PutBack, ..*state });
         }
         all.into_iter().map(Ok).chain(self.order(state)).collect()
     }
 
     /// The gateway orders the new release.
-    fn order(&mut self, state: &State) -> Option<Follows> {
+    fn order(&mut self, state: &State) -> Option<Outcome> {
         let ready = state.spm.is_some_and(|spm| spm.image == WhichRelease::From && spm.begun.is_none());
         if !ready || state.stopped || state.installed.now != WhichRelease::From || state.bin.now != File::From {
             return None;
         }
         let begun = self.changed(state.record.now, Verb::Begin)?;
-        if state.condemned && state.meddled != Meddled::RecordLost {
-            return Some(Err("a condemned release is tried again"));
+        if state.is_skipped && state.interference != Interference::RecordLost {
+            return Some(Err("a skipped release is tried again"));
         }
         let mut after = *state;
         after.spm.iter_mut().for_each(|spm| (spm.begun, spm.staged) = (Some(begun), true));
@@ -602,7 +604,7 @@ fn new_manager() -> Spm {
 }
 
 fn fresh(image: WhichRelease) -> Spa {
-    Spa { image, died: false, took_over: false, probe: Asked::Not, proof: None }
+    Spa { image, died: false, took_over: false, probe: ProbeResult::Not, proof: None }
 }
 
 pub fn without_spm(state: State) -> State {
@@ -611,26 +613,26 @@ pub fn without_spm(state: State) -> State {
     State { spm: None, spa, ..state }
 }
 
-/// The process that acts has died.
-fn dead(state: State, asker: Decider) -> State {
-    match asker {
+/// The acting process has died.
+fn dead(state: State, decider: Decider) -> State {
+    match decider {
         Decider::Manager => without_spm(state),
         Decider::Watchdog => State { spa: None, ..state },
         Decider::Installer => state,
     }
 }
 
-/// What the processes remember changes with the record.
+/// Updates the memory of the processes with the record.
 fn note(state: &mut State, change: RecordChange) {
     let ends = matches!(
         change,
-        RecordChange::Forget | RecordChange::SkipAndForget | RecordChange::Drop | RecordChange::Interrupt
+        RecordChange::Finish | RecordChange::FinishAndSkip | RecordChange::Drop | RecordChange::Interrupt
     );
     if let Some(spa) = &mut state.spa {
         match change {
-            RecordChange::LoseTry => spa.died = false,
-            RecordChange::LoseWatchdog => spa.took_over = false,
-            RecordChange::FailProof => spa.proof = None,
+            RecordChange::CountDeath => spa.died = false,
+            RecordChange::CountLostWatchdog => spa.took_over = false,
+            RecordChange::CountFailedProof => spa.proof = None,
             RecordChange::BeginTrial => *spa = fresh(spa.image),
             _ if ends => *spa = fresh(spa.image),
             _ => {}
@@ -641,9 +643,9 @@ fn note(state: &mut State, change: RecordChange) {
     }
 }
 
-fn write(state: &mut State, id: u16, asker: Decider) {
+fn write(state: &mut State, id: u16, decider: Decider) {
     state.record.now = id;
-    if asker == Decider::Manager {
+    if decider == Decider::Manager {
         state.spm.iter_mut().for_each(|spm| spm.begun = None);
     }
 }
@@ -657,22 +659,22 @@ fn sync(state: &mut State) {
     state.installed.sync();
 }
 
-/// The operator starts the home again, once it has stopped.
+/// The operator starts a stopped home.
 pub fn start(state: &State) -> Option<State> {
     let down = state.stopped && state.spm.is_none() && state.spa.is_none();
     down.then_some(State { stopped: false, ..*state })
 }
 
-/// Each write that is not synced is kept or lost.
+/// Each unsynced write is kept or lost.
 fn power_cut(state: &State) -> Vec<State> {
     let mut all = vec![];
     let mut synced = *state;
     sync(&mut synced);
     if synced == *state {
-        // It is the death of both.
+        // Both roles die.
         return all;
     }
-    let kept = |bits: u32, place: u32| bits & (1 << place) != 0;
+    let kept = |bits: u32, index: u32| bits & (1 << index) != 0;
     for bits in 0..64 {
         let after = State {
             bin: state.bin.cut(kept(bits, 0)),
