@@ -128,7 +128,7 @@ fn a_new_version_that_does_not_start_is_rolled_back_to_the_old_one() {
     let (_gateway, host, pid) = joined();
     let before = standing(&host);
     let output = host.install(&["--version", "broken"]);
-    assert!(output.text().contains("step wait") && output.text().contains("is back"), "{output}");
+    assert!(output.text().contains("step wait") && output.text().contains("is restored"), "{output}");
     output.expect_code(1);
     host.wait_for_status("the old version", SOON, |status| {
         status["version"] == "1.0.0" && status["state"] == "running"
@@ -184,7 +184,7 @@ fn foreign_files_are_not_treated_as_an_old_installation_and_not_removed() {
     fs::write(home.join("data/customers.db"), "precious").unwrap();
     host.join(&gateway, &["--fresh"]).expect_success();
     let output = host.control(&["uninstall", "--yes"]).expect_code(0);
-    assert!(output.stderr.contains(&format!("stays: {}", home.join("data").display())), "{output}");
+    assert!(output.stderr.contains(&format!("are kept: {}", home.join("data").display())), "{output}");
     assert_eq!(fs::read_dir(&home).unwrap().count(), 1);
     assert_eq!(fs::read_to_string(home.join("data/customers.db")).unwrap(), "precious");
 }

@@ -60,7 +60,7 @@ fn the_platforms_command_installs_and_uninstalling_leaves_nothing() {
     ];
     for uninstall in uninstalls {
         let output = container.run(&["sh", "-c", VERBATIM]).expect_code(0);
-        assert!(output.stderr.contains("first one seen"), "what is trusted is said: {output}");
+        assert!(output.stderr.contains("this is the first contact"), "what is trusted is said: {output}");
 
         let output = container.run(&["aops", "control", "status", "--json"]);
         let status = output.json();

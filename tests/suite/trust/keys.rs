@@ -211,7 +211,10 @@ fn a_failed_installation_reverts_neither_an_epoch_nor_a_revocation() {
     let pid = host.wait_for_agent("native");
 
     let failed = host.install(&["--version", "broken"]).expect_code(1);
-    assert!(failed.stderr.contains("step wait") && failed.stderr.contains("is back as it was"), "{failed}");
+    assert!(
+        failed.stderr.contains("step wait") && failed.stderr.contains("previous installation is restored"),
+        "{failed}"
+    );
     host.wait_for_status("the old version", SOON, |status| {
         status["version"] == "1.0.0" && status["state"] == "running"
     });
@@ -311,11 +314,11 @@ fn a_gateway_is_verified_by_system_roots_and_unverified_only_on_request() {
 
     let host = TestHost::new();
     let warned = installed(&host, &["--insecure"], None).expect_code(0);
-    assert!(warned.stderr.contains("not checked (--insecure)"), "{warned}");
+    assert!(warned.stderr.contains("not verified (--insecure)"), "{warned}");
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
     let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it exists");
     assert!(log.contains("certificates are not checked"), "{log}");
     // A repetition prints it again.
     let again = host.install(&[]).expect_code(0);
-    assert!(again.stderr.contains("not checked (--insecure)"), "{again}");
+    assert!(again.stderr.contains("not verified (--insecure)"), "{again}");
 }
