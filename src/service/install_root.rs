@@ -148,7 +148,7 @@ pub(super) fn check_permissions(home: &Home) -> Result<()> {
     let made = (home.install_made(), ExpectedPath::File);
     let script = legacy::script(home).map(|script| (script, ExpectedPath::File));
     let also: Vec<_> = [(work, ExpectedPath::Directory), made].into_iter().chain(script).collect();
-    permissions::grounds(home, &also)
+    permissions::install_paths(home, &also)
 }
 
 /// Whether a first installation was killed here before it was complete.

@@ -224,7 +224,7 @@ fn existing_installation(home: &Home) -> Result<ExistingInstallation> {
             None
         });
         return Ok(ExistingInstallation::Aops(
-            installed.unwrap_or_else(|| InstallRecord::by(lifecycle::service(home))),
+            installed.unwrap_or_else(|| InstallRecord::new(lifecycle::service(home))),
         ));
     }
     Ok(if legacy::is_old(home) { ExistingInstallation::Old } else { ExistingInstallation::Nothing })

@@ -147,7 +147,7 @@ fn write_records(
     // The epochs of an existing home only grow and are not rolled back: its running manager may commit others meanwhile.
     if !plan.keeps() {
         undo.save(&home.epochs())?;
-        Epochs::begin(home)?;
+        Epochs::create(home)?;
     }
     Epochs::commit(home, MANAGER_PACKAGE, fetched.release.manager.epoch)?;
     for path in [home.manager_record(), home.install_record()] {
@@ -156,7 +156,7 @@ fn write_records(
     fetched.release.manager.save(home)?;
     let mut installed = match &plan.existing {
         ExistingInstallation::Aops(installed) => installed.clone(),
-        _ => InstallRecord::by(plan.kind),
+        _ => InstallRecord::new(plan.kind),
     };
     installed.service = plan.kind;
     installed.product.clone_from(&plan.product);

@@ -177,7 +177,7 @@ mod tests {
     fn an_uninstallation_leaves_nothing_and_a_second_one_finds_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        let mut installed = InstallRecord::by(ServiceManagerKind::None);
+        let mut installed = InstallRecord::new(ServiceManagerKind::None);
         installed.created_directories = vec![directory.path().join("made"), home.root().to_owned()];
         let (ours, theirs) = (directory.path().join("ours"), directory.path().join("theirs"));
         platform::replace_link(&home.executable(), &ours).unwrap();
@@ -196,7 +196,7 @@ mod tests {
     fn a_directory_that_existed_before_the_installation_is_emptied_and_kept() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        InstallRecord::by(ServiceManagerKind::None).save(&home).unwrap();
+        InstallRecord::new(ServiceManagerKind::None).save(&home).unwrap();
         uninstall(&home, true).unwrap();
         assert_eq!(fs::read_dir(home.root()).unwrap().count(), 0);
     }
@@ -214,7 +214,7 @@ mod tests {
     fn an_installation_in_progress_prevents_an_uninstallation() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        InstallRecord::by(ServiceManagerKind::None).save(&home).unwrap();
+        InstallRecord::new(ServiceManagerKind::None).save(&home).unwrap();
         let install_root = InstallRoot::open(&home).unwrap();
         let error = format!("{:#}", uninstall(&home, true).unwrap_err());
         assert!(error.contains("another installation"), "{error}");

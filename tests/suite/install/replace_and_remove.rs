@@ -151,7 +151,7 @@ fn a_failed_first_installation_leaves_nothing() {
     fs::create_dir(host.home()).unwrap();
     fs::write(host.home().join("photo"), "mine").unwrap();
     let output = host.join(&gateway, &[]);
-    assert!(output.text().contains("it holds photo"), "{output}");
+    assert!(output.text().contains("it contains photo"), "{output}");
     output.expect_code(1);
     assert_eq!(fs::read_dir(host.home()).unwrap().count(), 1);
 }
@@ -378,7 +378,7 @@ fn linked_and_lost_settings_are_kept_in_place() {
 
     fs::remove_file(&config).unwrap();
     let output = host.install(&["--version", "2.0.0"]).expect_code(0);
-    assert!(output.stderr.contains("conf.toml is missing; the last good copy"), "{output}");
+    assert!(output.stderr.contains("conf.toml is missing; using its last good copy"), "{output}");
     assert_eq!(fs::read_to_string(&config).unwrap(), changed);
     assert_eq!(host.wait_for_agent("sleeper"), pid);
 }
