@@ -71,8 +71,8 @@ pub enum ControlAction {
     },
     /// Apply the gateway's orders now, or upgrade the manager from a file
     ///
-    /// Without options: end every hold that `rollback` and `--package` set, and
-    /// retry now what waits for its next attempt.
+    /// Without options: end every hold that `rollback` or `--package` has set,
+    /// and retry a pending upgrade of the manager now.
     ///
     /// A new release of the manager must first read the settings and the state
     /// of this home. On trial (upgradeTrial in etc/conf.toml) it must answer,
@@ -81,7 +81,7 @@ pub enum ControlAction {
     /// bin/aops.prev and the release is skipped. While the gateway is
     /// unreachable, the trial continues.
     Upgrade {
-        /// Upgrade the manager from this package; FILE.minisig is beside it
+        /// Upgrade the manager from this package, with FILE.minisig beside it
         #[arg(long, value_name = "FILE", group = "what")]
         package: Option<PathBuf>,
         /// Commit the release of the manager that is on trial

@@ -123,7 +123,7 @@ pub struct InstallOptions {
     #[arg(long, value_name = "NAME")]
     pub product: Option<String>,
 
-    /// Install offline from this package; FILE.minisig is beside it
+    /// Install offline from this package, with FILE.minisig beside it
     #[arg(long, value_name = "FILE")]
     pub package: Option<PathBuf>,
 

@@ -53,8 +53,8 @@ fn local(plan: &InstallPlan, path: &Path, staging: &Path) -> Result<(VerifiedTre
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted = PackageRequest { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..PackageRequest::new(release) };
-    Ok((package::open_local(path, &wanted, &plan.trusted.keys, staging)?, file))
+    let request = PackageRequest { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..PackageRequest::new(release) };
+    Ok((package::open_local(path, &request, &plan.trusted.keys, staging)?, file))
 }
 
 fn remote(
@@ -69,17 +69,17 @@ fn remote(
     }
     let endpoints = &plan.config.heartbeat_srv;
     let client = plan.config.client(&trust, &plan.agent_id, Timeouts::exchange())?;
-    let (endpoint, wanted) = first_of(endpoints, |endpoint| choose(plan, &client, endpoint))?;
+    let (endpoint, request) = first_of(endpoints, |endpoint| choose(plan, &client, endpoint))?;
     if let Some(fingerprint) = client.first_contact() {
         first_contact(endpoint, &fingerprint);
     }
 
-    progress::say(format_args!("downloading {} from {endpoint}", wanted.release));
+    progress::say(format_args!("downloading {} from {endpoint}", request.release));
     // The endpoint that answered first; the others are fallbacks.
     let mut ordered = vec![endpoint.clone()];
     ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
     let mut download = DownloadDisplay::begin();
-    let file = wanted.file.clone().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
+    let file = request.file.clone().unwrap_or_else(|| request.release.file_name(Packing::TarZst));
     let fetching = Fetching {
         config: &plan.config,
         agent_id: &plan.agent_id,
@@ -89,7 +89,7 @@ fn remote(
         epochs: plan.epochs.clone(),
         places,
     };
-    let tree = fetching.fetch(wanted, &FetchLimits::default(), drop, &mut |done, total| {
+    let tree = fetching.fetch(request, &FetchLimits::default(), drop, &mut |done, total| {
         download.at(done, total);
         true
     })?;
@@ -125,8 +125,8 @@ fn choose(plan: &InstallPlan, client: &Client, endpoint: &Endpoint) -> Result<Pa
     let offer = uplink::current_release(client, endpoint, &name, os, arch)?;
     let offered = |offer: protocol::Offer| {
         let release = Release { name: name.clone(), version: offer.version, os, arch };
-        let wanted = PackageRequest::new(release);
-        PackageRequest { file: Some(offer.file), sha256: Some(offer.sha256), size: Some(offer.size), ..wanted }
+        let request = PackageRequest::new(release);
+        PackageRequest { file: Some(offer.file), sha256: Some(offer.sha256), size: Some(offer.size), ..request }
     };
     let version = match (&plan.version, offer) {
         (None, Some(offer)) => return Ok(offered(offer)),
@@ -155,12 +155,12 @@ fn choose(plan: &InstallPlan, client: &Client, endpoint: &Endpoint) -> Result<Pa
 /// The first endpoint with an answer; the error lists the error of each endpoint.
 fn first_of(
     endpoints: &[Endpoint],
-    ask: impl Fn(&Endpoint) -> Result<PackageRequest>,
+    query: impl Fn(&Endpoint) -> Result<PackageRequest>,
 ) -> Result<(&Endpoint, PackageRequest)> {
     let mut failures = Vec::new();
     for endpoint in endpoints {
-        match ask(endpoint) {
-            Ok(wanted) => return Ok((endpoint, wanted)),
+        match query(endpoint) {
+            Ok(request) => return Ok((endpoint, request)),
             Err(error) => failures.push(error),
         }
     }

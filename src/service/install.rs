@@ -135,10 +135,10 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
 /// Cleans up after a killed installation: if the new installation was incomplete, restores the previous one, else removes what it had set
 /// aside.
 fn recover(home: &Home, executable: &Path) -> Result<()> {
-    let is_whole = || InstallRecord::load(home).ok().flatten().is_some();
+    let is_complete = || InstallRecord::load(home).ok().flatten().is_some();
     if !legacy::is_any_aside(home) {
         Ok(())
-    } else if !legacy::is_part_aside(home) && is_whole() {
+    } else if !legacy::is_part_aside(home) && is_complete() {
         store::remove_tree(&legacy::aside(home))
     } else {
         progress::say("restoring what an interrupted installation had set aside");
@@ -149,7 +149,7 @@ fn recover(home: &Home, executable: &Path) -> Result<()> {
 /// Replaces the existing installation, and rolls back on a failure.
 fn replace(plan: &InstallPlan, fetched: &FetchedManager, install_root: &mut InstallRoot) -> Result<(), InstallFailure> {
     let mut undo = Undo::begin(install_root.work().join("undo")).at(InstallStep::Fetch)?;
-    let ran = roles::run(&plan.home);
+    let was_running = roles::any_running(&plan.home);
     let ring = plan.keeps().then(|| Keyring::load(&plan.home)).transpose().at(InstallStep::Fetch)?;
     let Err(failed) = carry_out(plan, fetched, install_root, &mut undo) else {
         // A replaced installation that cannot be removed does no harm.
@@ -167,7 +167,7 @@ fn replace(plan: &InstallPlan, fetched: &FetchedManager, install_root: &mut Inst
         return Err(InstallFailure { step: failed.step, error: failed.error.context(stays) });
     }
     progress::say(format_args!("step {} failed; rolling back", failed.step));
-    let undone = match take_back(plan, failed.step, ran, ring.as_ref(), install_root, undo) {
+    let undone = match roll_back(plan, failed.step, was_running, ring.as_ref(), install_root, undo) {
         Ok(()) if plan.existing == ExistingInstallation::Nothing => {
             "everything was rolled back; the command can be repeated".to_owned()
         }
@@ -217,11 +217,11 @@ fn was_registered(plan: &InstallPlan) -> bool {
 }
 
 /// Undoes the steps up to `step` in the opposite order. A step that cannot be undone does not prevent the others; the error lists all of
-/// them. `ran`: whether the previous installation's roles ran, and are restarted. `ring`: its keyring.
-fn take_back(
+/// them. `was_running`: whether the previous roles were running, and are restarted. `ring`: its keyring.
+fn roll_back(
     plan: &InstallPlan,
     step: InstallStep,
-    ran: bool,
+    was_running: bool,
     ring: Option<&Keyring>,
     install_root: &mut InstallRoot,
     undo: Undo,
@@ -251,7 +251,7 @@ fn take_back(
         ExistingInstallation::Old => legacy::start(home),
         // The roles were not touched yet and are running.
         ExistingInstallation::Aops(_) if plan.keeps() && step < InstallStep::Register => Ok(()),
-        ExistingInstallation::Aops(_) if !ran => roles::stop_all(home),
+        ExistingInstallation::Aops(_) if !was_running => roles::stop_all(home),
         ExistingInstallation::Aops(installed) => roles::restart_previous(home, installed.service),
     });
     if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }

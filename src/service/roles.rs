@@ -29,7 +29,7 @@ pub(super) fn manager_pid(home: &Home) -> Option<u32> {
 }
 
 /// Whether a role of the home is running, even if it does not answer.
-pub(super) fn run(home: &Home) -> bool {
+pub(super) fn any_running(home: &Home) -> bool {
     !leftovers::running_from(&home.bin()).is_empty()
 }
 

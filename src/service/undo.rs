@@ -180,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_put_back_is_kept_and_all_else_is_put_back() {
+    fn files_that_cannot_be_restored_are_retained_and_all_others_are_restored() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         fs::create_dir(at("there")).unwrap();
