@@ -1,4 +1,4 @@
-//! Every command line: the names that the program goes by, the subcommands, and the spelling of the system that it replaces.
+//! The command line: the names of the program, the subcommands, and the options of the system that aops replaces.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ First steps, on one machine and without root:
     --home ./home --service none
   ./home/control status
 
-Then `aops gateway publish --help` says how a sub-agent is packed.";
+`aops gateway publish --help` describes how to package a sub-agent.";
 #[cfg(not(feature = "gateway"))]
 const FIRST_STEPS: &str = "";
 
@@ -33,11 +33,11 @@ const FIRST_STEPS: &str = "";
 /// reported
 ///
 /// One program, several roles. A host runs the manager (spm) and the watchdog
-/// (spa), which `install` sets up; an operator uses `control`; a `gateway`
-/// serves packages and says what each host is to run.
+/// (spa), which `install` sets up; its operator uses `control`; the `gateway`
+/// serves packages and the desired state of each host.
 ///
-/// Linked under the names aops-agent-service*, aops-spm, aops-spa or control,
-/// the program takes that role without a subcommand.
+/// A link named aops-agent-service*, aops-spm, aops-spa or control selects the
+/// role without a subcommand.
 #[derive(Debug, Parser)]
 #[command(
     name = "aops",
@@ -50,7 +50,7 @@ struct Cli {
     /// Print the version
     #[arg(short = 'V', long)]
     version: bool,
-    /// With --version: also the release installed and the trusted keys
+    /// With --version: also print the platform and the trusted keys
     #[arg(long, requires = "version")]
     verbose: bool,
     #[command(subcommand)]
@@ -61,20 +61,20 @@ struct Cli {
 enum Command {
     /// Install this host's manager and watchdog
     Install(Box<service::InstallOptions>),
-    /// What the operator at the host uses: status, start, stop, logs ...
+    /// Commands for this host's operator: status, start, stop, logs ...
     Control {
         #[command(flatten)]
         home: HomeOption,
         #[command(subcommand)]
         command: ControlCommand,
     },
-    /// The server: publish packages and say what each host is to run
+    /// The server: publish packages and the desired state of each host
     #[cfg(feature = "gateway")]
     Gateway {
         #[command(subcommand)]
         command: gateway::GatewayCommand,
     },
-    /// The installer's verbs: install, uninstall, start, stop ...
+    /// The installer's commands: install, uninstall, start, stop ...
     Service {
         #[command(subcommand)]
         command: ServiceCommand,
@@ -97,8 +97,8 @@ enum Command {
 
 #[derive(Debug, Clone, Args)]
 struct HomeOption {
-    /// The directory of the installation [default: this program's own, then
-    /// AOPS_HOME, then the platform's]
+    /// The installation directory [default: the one that holds this program,
+    /// else AOPS_HOME, else the platform's default]
     #[arg(long, value_name = "DIR", global = true)]
     home: Option<PathBuf>,
 }
@@ -109,7 +109,7 @@ enum ControlCommand {
     Verb(control::ControlAction),
     /// Remove the installation: services, processes and files
     Uninstall {
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long)]
         yes: bool,
     },
@@ -129,11 +129,11 @@ enum ServiceVerb {
     Uninstall {
         #[command(flatten)]
         home: HomeOption,
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long)]
         yes: bool,
     },
-    /// Start what was stopped
+    /// Start the manager and the watchdog, and with them the sub-agents
     Start {
         #[command(flatten)]
         home: HomeOption,
@@ -143,12 +143,12 @@ enum ServiceVerb {
         #[command(flatten)]
         home: HomeOption,
     },
-    /// Start the roles anew; sub-agents are left running
+    /// Restart both roles; the sub-agents keep running
     Restart {
         #[command(flatten)]
         home: HomeOption,
     },
-    /// Show what runs
+    /// Show the manager, the watchdog, the gateway and every sub-agent
     Status {
         #[command(flatten)]
         home: HomeOption,
@@ -158,7 +158,7 @@ enum ServiceVerb {
     },
 }
 
-/// A command line as it was given: the program's name, then its arguments.
+/// Runs a command line: the program's name, then its arguments.
 pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     let arguments: Vec<OsString> = arguments.collect();
     let normal = match normalize(&arguments) {
@@ -176,12 +176,12 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         return print_version(cli.verbose);
     }
     let Some(command) = cli.command else {
-        let error = Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is needed");
+        let error = Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is required");
         return Ok(output::of_parser(&error));
     };
     match command {
         Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => {
-            service::install(&options, &surroundings())
+            service::install(&options, &process_context())
         }
         Command::Control { home, command: ControlCommand::Verb(verb) } => control::main(&home.find(), &verb),
         Command::Control { home, command: ControlCommand::Uninstall { yes } } => service::uninstall(&home.find(), yes),
@@ -193,8 +193,8 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     }
 }
 
-/// What an installation takes from its surroundings.
-fn surroundings() -> service::ProcessContext {
+/// The executable, the home and the product that this process has without any option.
+fn process_context() -> service::ProcessContext {
     let executable = platform::own_executable();
     let own = executable.as_deref().and_then(own_home);
     let named = || std::env::var_os("AOPS_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
@@ -218,7 +218,7 @@ fn run_service(verb: ServiceVerb) -> Result<ExitCode> {
 }
 
 impl HomeOption {
-    /// `--home`, then where this program lies, then `AOPS_HOME`, then the platform's place.
+    /// `--home`, else the home that holds this program, else `AOPS_HOME`, else the platform's default.
     fn find(&self) -> Home {
         let root = self
             .home
@@ -230,14 +230,14 @@ impl HomeOption {
     }
 }
 
-/// The home that a program in its `bin` belongs to.
+/// The home of a program in its `bin`; `None`: the program is not in a home.
 fn own_home(executable: &Path) -> Option<PathBuf> {
     let bin = executable.parent().filter(|bin| bin.file_name() == Some(OsStr::new("bin")))?;
     let root = bin.parent()?;
     Home::new(root).agent_id().is_file().then(|| root.to_owned())
 }
 
-/// Puts the role that the program's name says, and the old spelling, into today's words.
+/// Translates the program's name and the old options to subcommands of `aops`. The error is a usage error.
 fn normalize(arguments: &[OsString]) -> Result<Vec<OsString>, String> {
     let name = arguments.first().map(|program| stem(program)).unwrap_or_default();
     let rest = arguments.get(1..).unwrap_or_default();
@@ -245,7 +245,7 @@ fn normalize(arguments: &[OsString]) -> Result<Vec<OsString>, String> {
     let with = |role: &[&str], rest: &[OsString]| -> Vec<OsString> {
         [program.clone()].into_iter().chain(role.iter().map(OsString::from)).chain(rest.iter().cloned()).collect()
     };
-    if let Some(translated) = service::old_spelling(rest) {
+    if let Some(translated) = service::from_old_arguments(rest) {
         return translated.map(|translated: Vec<OsString>| with(&["service"], &translated));
     }
     let asks_version = rest.first().is_some_and(|first| first == "--version" || first == "-V");
@@ -277,9 +277,9 @@ fn print_version(verbose: bool) -> Result<ExitCode> {
     }
     if verbose {
         result!("target: {} {}", platform::OS, platform::ARCH);
-        let keys = |whose: &str, keys: &package::Keys| {
+        let keys = |source: &str, keys: &package::Keys| {
             for key in keys.ids() {
-                result!("trusted key {key} ({whose})");
+                result!("trusted key {key} ({source})");
             }
         };
         keys("built in", &package::Keys::baked_in()?);
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn the_programs_name_chooses_its_role() {
+    fn the_program_name_selects_the_role() {
         assert_eq!(normal("/opt/aops/bin/aops-spm --home /x"), "aops spm --home /x");
         assert_eq!(normal("aops-spa"), "aops spa");
         assert_eq!(normal("./control status"), "aops control status");
@@ -324,13 +324,13 @@ mod tests {
     }
 
     #[test]
-    fn every_help_fits_80_columns_and_says_something() {
+    fn every_help_fits_80_columns_and_describes_its_command() {
         fn check(command: &mut clap::Command, path: &str) {
             let help = command.render_long_help().to_string();
             for line in help.lines() {
                 assert!(line.chars().count() <= 80, "{path}: {line}");
             }
-            assert!(command.get_about().is_some() || path == "aops", "{path} says nothing about itself");
+            assert!(command.get_about().is_some() || path == "aops", "{path} has no description");
             for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
                 assert!(argument.get_help().is_some(), "{path} {}", argument.get_id());
             }

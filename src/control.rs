@@ -1,7 +1,7 @@
-//! What the operator at the host uses: status, start, stop, restart, logs.
+//! `aops control`: the commands of the operator at the host.
 //!
-//! It asks the manager through the local door. Where that does not answer, it goes by the records of what runs, so that a stop is possible
-//! whatever state the manager is in.
+//! They query the manager through its control socket. If the manager does not answer, `status` and `stop` use the process records, so
+//! that a home can be stopped in any state of its manager.
 
 mod logs;
 mod show;
@@ -26,19 +26,19 @@ use crate::{lifecycle, process, role, store};
 
 pub use logs::LogOptions;
 
-/// `status` of a stopped home.
+/// Exit code of `status` if the home is stopped.
 const STOPPED: u8 = 3;
-/// Any verb where nothing is installed.
+/// Exit code of any command if nothing is installed.
 const NOT_INSTALLED: u8 = 4;
 
-/// A manager that works answers at once.
-const ANSWER: Duration = Duration::from_secs(5);
-/// The record of an upgrade is held for one step.
-const TURN: Duration = Duration::from_secs(10);
-/// The roles come up within this.
-const START: Duration = Duration::from_secs(30);
+/// Timeout of a request. A working manager answers at once.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for the lock on the upgrade's record. A role holds it for one step.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout until the manager answers after a start.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What an operator may ask for.
+/// A command of `aops control`.
 #[derive(Debug, Clone, clap::Subcommand)]
 pub enum ControlAction {
     /// Show the manager, the watchdog, the gateway and every sub-agent
@@ -48,58 +48,69 @@ pub enum ControlAction {
         /// Print one JSON document
         #[arg(long)]
         json: bool,
-        /// Show what came of each upgrade and rollback instead
+        /// Show the result of each upgrade and rollback instead
         #[arg(long)]
         history: bool,
     },
-    /// Start what was stopped
+    /// Start the manager and the watchdog, and with them the sub-agents
     ///
-    /// Where no service manager runs them, the roles leave the caller: its
-    /// session, cgroup, limits, priority and signals; of its environment they
-    /// keep LANG, TZ, the variables of a proxy, SSL_CERT_FILE and SSL_CERT_DIR.
+    /// Without a service manager, the roles are detached from the caller: from
+    /// its session, cgroup, limits, priority and signals. Of its environment
+    /// they keep LANG, TZ, the proxy variables, SSL_CERT_FILE and SSL_CERT_DIR.
     Start,
-    /// Stop every sub-agent and both roles; nothing comes back by itself
-    Stop,
-    /// Start the roles anew, or one sub-agent
+    /// Stop every sub-agent and both roles
     ///
-    /// Restarting the roles leaves the sub-agents running as they are.
+    /// Nothing restarts until `control start` or the next boot.
+    Stop,
+    /// Restart both roles, or one sub-agent
+    ///
+    /// The sub-agents keep running while the roles restart.
     Restart {
-        /// The sub-agent to stop and start; without it, both roles
+        /// The sub-agent to restart; without it, both roles
         agent: Option<AgentName>,
     },
-    /// Follow the gateway's orders now, or upgrade the manager from a file
+    /// Apply the gateway's orders now, or upgrade the manager from a file
     ///
-    /// Without options: what an operator's change holds back is followed again,
-    /// and what waits for its next try is tried now. A change of the manager's
-    /// release is on trial at first, and rolled back by itself if it fails.
+    /// Without options: end every hold that `rollback` or `--package` has set,
+    /// and retry a pending upgrade of the manager now.
+    ///
+    /// A new release of the manager must first read the settings and the state
+    /// of this home. On trial (upgradeTrial in etc/conf.toml) it must answer,
+    /// adopt every sub-agent and send a heartbeat; the watchdog, still the
+    /// previous release, supervises it. If it fails, bin/aops is restored from
+    /// bin/aops.prev and the release is skipped. While the gateway is
+    /// unreachable, the trial continues.
     Upgrade {
-        /// Upgrade the manager from this package (FILE.minisig beside it)
+        /// Upgrade the manager from this package, with FILE.minisig beside it
         #[arg(long, value_name = "FILE", group = "what")]
         package: Option<PathBuf>,
-        /// Keep the release that is on trial now
+        /// Commit the release of the manager that is on trial
         #[arg(long, group = "what")]
         commit: bool,
-        /// Roll the release back that is on trial now, and skip it
+        /// Roll back the release of the manager that is on trial, and skip it
         #[arg(long, group = "what")]
         abort: bool,
     },
-    /// Return a sub-agent, or the manager, to its previous release
+    /// Roll back a sub-agent, or the manager, to its previous release
     ///
-    /// It stays at that release until the gateway orders another one.
+    /// It is held at that release until the gateway orders a different one.
     Rollback {
         /// The sub-agent; without it, the manager
         agent: Option<AgentName>,
     },
-    /// Try a release again that failed, or is held back
+    /// Retry a release that failed or is held back
+    ///
+    /// A failed release is skipped until fleet.toml orders a different one or
+    /// raises its `retry`, or until this command.
     Retry {
         /// The sub-agent, or aops-spm for the manager
         agent: AgentName,
     },
-    /// Show the log of the manager, or of a sub-agent
+    /// Show the log of the manager, the watchdog or a sub-agent
     Logs(LogOptions),
 }
 
-/// Carries a verb out.
+/// Runs a command.
 pub fn main(home: &Home, command: &ControlAction) -> Result<ExitCode> {
     if !installation::exists(home) {
         return Ok(not_installed(home, command));
@@ -121,21 +132,21 @@ pub fn main(home: &Home, command: &ControlAction) -> Result<ExitCode> {
         ControlAction::Restart { agent: Some(name) } => restart_agent(home, name).map(|()| ExitCode::SUCCESS),
         ControlAction::Upgrade { package, commit: false, abort: false } => upgrade(home, package.as_deref()),
         ControlAction::Upgrade { commit, .. } => {
-            force(home, if *commit { OperatorDecision::Commit } else { OperatorDecision::Abort })
+            decide(home, if *commit { OperatorDecision::Commit } else { OperatorDecision::Abort })
         }
         ControlAction::Rollback { agent: None } => {
-            order(home, "roll the manager back", &Request::RollBackManager)?;
-            message!("the manager returns to its previous release; `status` shows how far it is");
+            send(home, "roll back the manager", &Request::RollBackManager)?;
+            message!("rolling back the manager to its previous release; `status` shows the progress");
             Ok(ExitCode::SUCCESS)
         }
         ControlAction::Rollback { agent: Some(agent) } => {
-            order(home, &format!("roll {agent} back"), &Request::RollBack { agent: agent.clone() })?;
-            message!("{agent} returns to its previous release; `status` shows how far it is");
+            send(home, &format!("roll back {agent}"), &Request::RollBack { agent: agent.clone() })?;
+            message!("rolling back {agent} to its previous release; `status` shows the progress");
             Ok(ExitCode::SUCCESS)
         }
         ControlAction::Retry { agent } => {
-            order(home, &format!("retry {agent}"), &Request::Retry { agent: agent.clone() })?;
-            message!("{agent} is tried again as ordered; `status` shows how far it is");
+            send(home, &format!("retry {agent}"), &Request::Retry { agent: agent.clone() })?;
+            message!("retrying the ordered release of {agent}; `status` shows the progress");
             Ok(ExitCode::SUCCESS)
         }
         ControlAction::Logs(options) => logs::show(home, options).map(|()| ExitCode::SUCCESS),
@@ -143,35 +154,35 @@ pub fn main(home: &Home, command: &ControlAction) -> Result<ExitCode> {
 }
 
 fn upgrade(home: &Home, package: Option<&Path>) -> Result<ExitCode> {
-    let package = package.map(|path| {
-        path.canonicalize().with_context(|| format!("cannot upgrade: cannot find the package {}", path.display()))
-    });
+    let package = package
+        .map(|path| path.canonicalize().with_context(|| format!("cannot upgrade the manager from {}", path.display())));
     let package = package.transpose()?;
-    let told = match &package {
-        Some(_) => "the manager upgrades itself to the package's release",
-        None => "the gateway's orders are followed now",
+    let started = match &package {
+        Some(_) => "upgrading the manager to the release of the package",
+        None => "applying the gateway's orders now",
     };
-    order(home, "upgrade", &Request::Upgrade { package })?;
-    message!("{told}; `status` shows how far it is, `status --history` what came of it");
+    send(home, "upgrade", &Request::Upgrade { package })?;
+    message!("{started}; `status` shows the progress, `status --history` the result");
     Ok(ExitCode::SUCCESS)
 }
 
-/// Decides about the release of the manager that is on trial, whoever of the roles answers. The watchdog carries it out.
-fn force(home: &Home, force: OperatorDecision) -> Result<ExitCode> {
-    let what = if force == OperatorDecision::Commit { "commit" } else { "abort" };
-    let session = UpgradeSession::open(home, TURN).with_context(|| format!("cannot {what} the upgrade"))?;
+/// Records the operator's decision on the manager's release that is on trial; works also if neither role answers. The watchdog carries it
+/// out.
+fn decide(home: &Home, decision: OperatorDecision) -> Result<ExitCode> {
+    let verb = if decision == OperatorDecision::Commit { "commit" } else { "abort" };
+    let session = UpgradeSession::open(home, LOCK_TIMEOUT).with_context(|| format!("cannot {verb} the upgrade"))?;
     let Some(mut session) = session else {
-        bail!("cannot {what} the upgrade: its record is in use by another process; try again");
+        bail!("cannot {verb} the upgrade: its record is in use by another process; try again");
     };
     let Some(to) = session.record().trial().map(|trial| trial.to.version.clone()) else {
-        bail!("cannot {what} the upgrade: no upgrade of the manager is under way");
+        bail!("cannot {verb} the upgrade: no upgrade of the manager is under way");
     };
-    if !session.change(|record| record.force(force))? {
-        bail!("cannot {what} the upgrade to {to}: it is decided already; see `status`");
+    if !session.change(|record| record.force(decision))? {
+        bail!("cannot {verb} the upgrade to {to}: it is already decided; see `status`");
     }
     message!(
-        "the manager's release {to} is {}; `status` shows how far it is",
-        if force == OperatorDecision::Commit { "kept" } else { "rolled back and skipped" }
+        "{} the manager's release {to}; `status` shows the progress",
+        if decision == OperatorDecision::Commit { "committing" } else { "rolling back and skipping" }
     );
     Ok(ExitCode::SUCCESS)
 }
@@ -187,10 +198,10 @@ fn not_installed(home: &Home, command: &ControlAction) -> ExitCode {
     ExitCode::from(NOT_INSTALLED)
 }
 
-/// What runs, from the manager itself or, where it does not answer, from what it left.
+/// The status that the manager reports or, if it does not answer, that the process records give.
 fn status(home: &Home) -> Result<Status> {
     let mut problem = None;
-    match control_socket::request(home, &Request::Status, ANSWER) {
+    match control_socket::request(home, &Request::Status, REPLY_TIMEOUT) {
         Ok(Some(reply)) => {
             if let Some(mut status) = reply.status {
                 status.notes.extend(boot_note(home));
@@ -199,7 +210,7 @@ fn status(home: &Home) -> Result<Status> {
             problem = reply.error;
         }
         Ok(None) => {}
-        // Whoever may not ask may not see the records either, by which it would look stopped.
+        // A user without access to the socket cannot read the records either: the home would look stopped.
         Err(error) if error.is::<control_socket::AccessDenied>() => return Err(error),
         Err(error) => problem = Some(format!("{error:#}")),
     }
@@ -212,17 +223,18 @@ fn status(home: &Home) -> Result<Status> {
     status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::RoleHolder::status);
     status.spa = spa.as_ref().map_or_else(RoleStatus::default, role::RoleHolder::status);
     if state == HomeState::Degraded {
-        let what = if spm.is_some() { "the manager does not answer" } else { "the manager does not run" };
-        status.problems.push(problem.map_or_else(|| what.to_owned(), |problem| format!("{what}: {problem}")));
+        let state = if spm.is_some() { "the manager does not answer" } else { "the manager is not running" };
+        status.problems.push(problem.map_or_else(|| state.to_owned(), |problem| format!("{state}: {problem}")));
         if spm.is_none() && spa.is_none() {
-            status.problems.push("sub-agents run without a manager; `control start` takes charge of them".to_owned());
+            let orphaned = "sub-agents are running without a manager; `control start` starts one that adopts them";
+            status.problems.push(orphaned.to_owned());
         }
     }
     status.notes.extend(boot_note(home));
     Ok(status)
 }
 
-/// What the record alone tells of an upgrade.
+/// The status of an upgrade according to its record alone.
 fn upgrade_status(trial: &Trial) -> UpgradeStatus {
     let phase = match trial.phase {
         UpgradePhase::Switching => "switching",
@@ -241,22 +253,22 @@ fn upgrade_status(trial: &Trial) -> UpgradeStatus {
     }
 }
 
-/// That nothing starts this home at boot, where it is so.
+/// The note for a home that nothing starts at boot; `None` if a service manager starts it.
 fn boot_note(home: &Home) -> Option<String> {
     let service = InstallRecord::load(home).ok().flatten().map(|installed| installed.service)?;
     (service == ServiceManagerKind::None).then(|| {
-        format!("nothing starts this home at boot; have the host run `{} start` then", home.control_link().display())
+        format!("nothing starts this home at boot; configure the host to run `{} start`", home.control_link().display())
     })
 }
 
 fn start(home: &Home) -> Result<()> {
     lifecycle::start(home)?;
-    control_socket::wait_until_ready(home, START).context("cannot start")?;
+    control_socket::wait_until_ready(home, START_TIMEOUT).context("cannot start")?;
     message!("started");
     Ok(())
 }
 
-/// Stops everything, whoever is alive to help. Nothing of it comes back by itself.
+/// Stops the sub-agents and both roles, also if the manager or the watchdog is dead, and records the stop: nothing restarts them.
 fn stop(home: &Home) -> Result<()> {
     for remark in lifecycle::stop(home)? {
         message!("{remark}");
@@ -270,21 +282,21 @@ fn restart(home: &Home) -> Result<()> {
         return start(home);
     }
     lifecycle::restart(home)?;
-    control_socket::wait_until_ready(home, START).context("cannot restart")?;
-    message!("restarted; the sub-agents were left running");
+    control_socket::wait_until_ready(home, START_TIMEOUT).context("cannot restart")?;
+    message!("restarted; the sub-agents kept running");
     Ok(())
 }
 
 fn restart_agent(home: &Home, name: &AgentName) -> Result<()> {
-    order(home, &format!("restart {name}"), &Request::Restart { agent: name.clone() })?;
-    message!("{name} is being restarted");
+    send(home, &format!("restart {name}"), &Request::Restart { agent: name.clone() })?;
+    message!("restarting {name}");
     Ok(())
 }
 
-/// Has the manager do something. `what`: as an error says it.
-fn order(home: &Home, what: &str, request: &Request) -> Result<()> {
-    let Some(reply) = control_socket::request(home, request, ANSWER)? else {
-        bail!("cannot {what}: the manager does not run; start it with `control start`");
+/// Sends a request to the manager. `action`: what it does, for the error `cannot <action>`.
+fn send(home: &Home, action: &str, request: &Request) -> Result<()> {
+    let Some(reply) = control_socket::request(home, request, REPLY_TIMEOUT)? else {
+        bail!("cannot {action}: the manager is not running; start it with `control start`");
     };
     match reply.error {
         Some(error) => bail!(error),

@@ -1,17 +1,17 @@
-//! What an installation knows of itself, and how its parts are changed: what `install`, the manager and the watchdog share.
+//! The records and the executable of an installation, which `install`, the manager and the watchdog share.
 //!
 //! ```text
-//! identity      etc/agent-id, state/instance.json             which host and which machine this is
-//! records       state/install.json, state/manager.json        what is installed, and what was done outside the home
-//! epochs        state/epochs.json                             which releases were withdrawn
-//! keyring       etc/keys, state/keys.json                     which keys packages are trusted by
-//! executable    bin/aops and the links to it                  which executable each role runs
-//! release       an unpacked package of the manager            whether it can be put in place
-//! upgrade       state/upgrade.json, bin/aops.prev                the upgrade of the manager that is under way
-//! guard                                                       whether the home can be relied on
+//! identity      etc/agent-id, state/instance.json             the ids of the host and of the machine
+//! records       state/install.json, state/manager.json        the installed release, and the changes outside the home
+//! epochs        state/epochs.json                             the withdrawn releases
+//! keyring       etc/keys, state/keys.json                     the keys that packages are verified with
+//! executable    bin/aops and the links to it                  the executable that each role runs
+//! release       an unpacked package of the manager            checks that it can be installed
+//! upgrade       state/upgrade.json, bin/aops.prev             the upgrade of the manager that is under way
+//! permissions                                                 checks that only the owner can change the home
 //! ```
 //!
-//! Each writes its own files alone. What was there before is the caller's to keep.
+//! Each module writes its own files only. A caller that may roll back saves the previous files.
 
 mod epochs;
 pub mod executable;

@@ -1,7 +1,11 @@
-//! The service role: brings an installation onto a host, into its service manager, and off it again.
+//! The service role: installs aops on a host, registers it with the service manager, and uninstalls it.
 //!
-//! `install` promises that a failure before the older installation was stopped leaves everything as it was, byte for byte; that a later
-//! one is undone, or says which step it was; and that repeating the command is always safe. `uninstall` leaves nothing behind.
+//! `install` guarantees:
+//! - a failure before the existing installation is stopped changes nothing;
+//! - a later failure is rolled back, or its error names the step and what remains to be done;
+//! - the command can be repeated at any time.
+//!
+//! `uninstall` leaves nothing behind.
 
 use std::path::PathBuf;
 
@@ -28,13 +32,13 @@ mod uninstall;
 mod upgrade;
 
 pub use install::install;
-pub use legacy_arguments::old_spelling;
+pub use legacy_arguments::from_old_arguments;
 pub use uninstall::uninstall;
 
-/// Wrong usage, as opposed to a failure.
+/// Exit code for wrong usage.
 const WRONG_USAGE: u8 = 2;
 
-/// Nothing is installed where something should be.
+/// Exit code if nothing is installed.
 const NOT_INSTALLED: u8 = 4;
 
 /// The end of the help, 80 columns wide.
@@ -43,30 +47,36 @@ Examples:
   A new host, with the gateway's public key and certificate copied to it:
     aops install --agent-id 5402 --endpoint https://gateway.example:8888 \\
       --trusted-key aops.pub --ca-cert cert.pem
-  To try it out, in a directory of one's own, without root or a service:
+  In a directory of your own, without root and without a service:
     aops install ... --home ~/aops-home --service none
-  Again, to get the gateway's current version; all that was told is kept:
+  Update to the gateway's current version, keeping all settings:
     aops install
   Without a network, from a package and its signature:
     aops install ... --package ./aops-spm-0.1.0_linux_amd64.tar.zst
 
-It can be repeated at any time: sub-agents that run go on running.";
+The command can be repeated at any time; running sub-agents keep running.
 
-/// What `aops install` is told.
+As root, only root may have write access to the home and to the directories in
+it: a home that others can change is rejected, and its sub-agents are not
+started. For a directory above the home, a warning is printed.
+
+The proxy of the environment (https_proxy) is saved in etc/conf.toml, for the
+manager and all its downloads.";
+
+/// The options of `aops install`.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(disable_version_flag = true, after_long_help = EXAMPLES)]
 pub struct InstallOptions {
-    /// The identity of this host, as the platform gave it
+    /// The identity of this host, as assigned by the platform
     ///
-    /// May be left out where an installation stands already, or an old one is
-    /// taken over.
+    /// Optional if an installation exists, or an old one is taken over.
     #[arg(long, value_name = "ID")]
     pub agent_id: Option<AgentId>,
 
     /// The gateway, such as https://gateway.example:8888
     ///
-    /// May be repeated: the endpoints are tried in the order given. May be left
-    /// out where an installation stands already, or an old one is taken over.
+    /// May be repeated: the endpoints are tried in the order given. Optional if
+    /// an installation exists, or an old one is taken over.
     #[arg(long, value_name = "URL")]
     pub endpoint: Vec<Endpoint>,
 
@@ -82,29 +92,29 @@ pub struct InstallOptions {
     #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
     pub service: ServiceChoice,
 
-    /// A minisign public key that packages are to be signed by
+    /// A minisign public key that packages must be signed with
     ///
-    /// May be repeated. An executable that a gateway serves for installing
-    /// brings that gateway's keys with it; keys of an older installation stay.
+    /// May be repeated. The installer that a gateway serves contains that
+    /// gateway's keys. Keys of an existing installation are kept.
     #[arg(long, value_name = "FILE")]
     pub trusted_key: Vec<PathBuf>,
 
-    /// Check the gateway's certificate by the authorities in this PEM file
+    /// Verify the gateway's certificate with the authorities in this PEM file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["pin", "insecure"])]
     pub ca_cert: Option<PathBuf>,
 
-    /// Accept the gateway's certificate by its SHA-256 alone
+    /// Accept only the gateway's certificate with this SHA-256 fingerprint
     ///
     /// May be repeated. `openssl x509 -noout -fingerprint -sha256 -in CERT`
-    /// prints it; that of the public key will do, too.
+    /// prints it. The fingerprint of the public key is accepted, too.
     #[arg(long, value_name = "SHA256", conflicts_with = "insecure")]
     pub pin: Vec<Fingerprint>,
 
-    /// Do not check the gateway's certificate, and allow http://
+    /// Do not verify the gateway's certificate, and allow http://
     #[arg(long)]
     pub insecure: bool,
 
-    /// Accept the certificate of the first contact, and no other later
+    /// Pin the gateway's certificate at the first contact
     #[arg(long, hide = true)]
     pub pin_first_contact: bool,
 
@@ -113,17 +123,17 @@ pub struct InstallOptions {
     #[arg(long, value_name = "NAME")]
     pub product: Option<String>,
 
-    /// Install from this package (and FILE.minisig beside it), offline
+    /// Install offline from this package, with FILE.minisig beside it
     #[arg(long, value_name = "FILE")]
     pub package: Option<PathBuf>,
 
     /// Take over the settings and the agent id of an old installation in DIR
     ///
-    /// Not needed where it stands in the home: then it is found, and replaced.
+    /// Not needed if it is in the home: then it is detected and replaced.
     #[arg(long, value_name = "DIR", conflicts_with = "fresh")]
     pub import: Option<PathBuf>,
 
-    /// Keep nothing of an older installation: no settings, keys or sub-agents
+    /// Keep nothing of an existing installation: no settings, keys, sub-agents
     #[arg(long)]
     pub fresh: bool,
 }
@@ -131,20 +141,20 @@ pub struct InstallOptions {
 /// Whether the roles are registered with the host's service manager.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum ServiceChoice {
-    /// With a service manager, where there is one and this is run as root
+    /// Register if the host has a service manager and the user is root
     #[default]
     Auto,
-    /// Without: `control start` starts it, nothing does so at boot
+    /// Do not register: `control start` starts the roles, nothing does at boot
     None,
 }
 
-/// What the process brings, besides its arguments.
+/// What an installation takes from its process, besides the arguments.
 #[derive(Debug, Clone)]
 pub struct ProcessContext {
-    /// The home that this executable belongs to, or that `AOPS_HOME` names. `--home` wins over it.
+    /// The home of this executable, else the one that `AOPS_HOME` names. `--home` overrides it.
     pub home: Option<Home>,
-    /// The variable `AOPS_PRODUCT`. `--product` wins over it.
+    /// The variable `AOPS_PRODUCT`. `--product` overrides it.
     pub product: Option<String>,
-    /// This executable, whose trailer may bring keys.
+    /// This executable. Its trailer may contain keys.
     pub executable: PathBuf,
 }

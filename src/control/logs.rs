@@ -1,4 +1,4 @@
-//! Shows the end of a log and, if asked to, what comes after it.
+//! `control logs`: the last lines of a log and, with `--follow`, the lines that are added to it.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -11,20 +11,20 @@ use crate::core::model::AgentName;
 use crate::home::Home;
 use crate::platform;
 
-/// Between two looks at a log that is followed.
-const LOOK: Duration = Duration::from_millis(200);
-/// The end of a log is looked for in its last part alone.
+/// Interval between two checks of a followed log.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// The last lines are taken from at most so many bytes at the end of a log.
 const TAIL_BYTES: u64 = 4 << 20;
 
-/// Which log, and how much of it.
+/// The options of `control logs`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct LogOptions {
     /// A sub-agent, or spm or spa [default: spm]
     agent: Option<AgentName>,
-    /// Go on showing what is added
+    /// Keep showing lines as they are added
     #[arg(short, long)]
     follow: bool,
-    /// How many of the last lines to show
+    /// The number of lines to show, from the end
     #[arg(short = 'n', long, value_name = "N", default_value_t = 100)]
     lines: usize,
 }
@@ -43,7 +43,7 @@ pub(super) fn show(home: &Home, options: &LogOptions) -> Result<()> {
         }
     };
     match show_path(&path, options) {
-        // Whoever reads us has seen enough.
+        // The reader of the pipe, such as `head`, has exited.
         Err(error)
             if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) =>
         {
@@ -60,7 +60,7 @@ fn show_path(path: &Path, options: &LogOptions) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound && !options.follow => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             while !path.exists() {
-                platform::pause(LOOK);
+                platform::pause(POLL_INTERVAL);
             }
             File::open(path)?
         }
@@ -77,21 +77,21 @@ fn show_path(path: &Path, options: &LogOptions) -> Result<()> {
     }
     loop {
         if file.metadata()?.len() < file.stream_position()? {
-            // Emptied in place.
+            // The file was truncated.
             file.seek(SeekFrom::Start(0))?;
         }
         if io::copy(&mut file, &mut output)? > 0 {
             output.flush()?;
             continue;
         }
-        // Renamed away, and begun anew under its name.
+        // The log was rotated: the path names a new file.
         if !platform::is_same_file(&file, path)?
             && let Ok(new) = File::open(path)
         {
             file = new;
             continue;
         }
-        platform::pause(LOOK);
+        platform::pause(POLL_INTERVAL);
     }
 }
 
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_lines_are_whole_lines() {
+    fn the_last_lines_are_complete_lines() {
         let text = b"one\ntwo\nthree\n";
         assert_eq!(last_lines(text, 2), b"two\nthree\n");
         assert_eq!(last_lines(text, 3), text);

@@ -1,4 +1,4 @@
-//! `status` as a person reads it at a glance, and as one JSON document.
+//! `status` and `status --history`, as text and as one JSON document.
 
 use anyhow::Result;
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
@@ -33,13 +33,13 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
         }
     }
     if let Some(upgrade) = &status.upgrade {
-        result!("  upgrade   {}", under_way(upgrade));
+        result!("  upgrade   {}", upgrade_text(upgrade));
         if let Some(download) = &upgrade.download {
             result!("            {}", progress(download));
         }
     }
     if status.held_by_operator {
-        result!("  note      an operator keeps this release of the manager; `control retry aops-spm` ends that");
+        result!("  note      an operator holds the manager at this release; `control retry aops-spm` ends the hold");
     }
     for problem in &status.problems {
         result!("  problem   {problem}");
@@ -49,16 +49,20 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
     }
     if !status.agents.is_empty() {
         result!("\n{}", table(&status.agents));
-        // Below it, not in it: a message is long, and a narrow column would break its paths.
+        // Below the table: a narrow column would break the paths in a message.
         for agent in &status.agents {
             if let (Some(version), Some(active)) = (&agent.version, &agent.active_version) {
                 result!(" {}: {version} is running; {active} is the active release", agent.name);
             }
             if let Some(upgrade) = &agent.upgrade {
-                result!(" {}: {}", agent.name, under_way(upgrade));
+                result!(" {}: {}", agent.name, upgrade_text(upgrade));
             }
             if agent.held_by_operator {
-                result!(" {}: an operator keeps this release; `control retry {}` ends that", agent.name, agent.name);
+                result!(
+                    " {}: an operator holds it at this release; `control retry {}` ends the hold",
+                    agent.name,
+                    agent.name
+                );
             }
             if let Some(seconds) = agent.removed_in_seconds {
                 result!(
@@ -72,7 +76,7 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
             }
             if let (true, Some(pid)) = (agent.outside_group, agent.pid) {
                 result!(
-                    " {}: process {pid} runs outside of its cgroup; it is supervised by its pid, and a stop ends it with its session and its descendants",
+                    " {}: process {pid} is outside its cgroup: it is supervised by its pid, and a stop kills its session and descendants",
                     agent.name
                 );
             }
@@ -84,14 +88,14 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// What came of each change of release, one a line.
+/// Prints the result of each change of release, one a line.
 pub(super) fn print_history(history: &History, json: bool) -> Result<()> {
     if json {
         result!("{}", serde_json::to_string_pretty(history)?);
         return Ok(());
     }
     if history.history.is_empty() {
-        result!("no release was changed yet");
+        result!("no upgrade or rollback yet");
         return Ok(());
     }
     let mut table = Table::new();
@@ -109,23 +113,23 @@ pub(super) fn print_history(history: &History, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// A change of release that is under way.
-fn under_way(upgrade: &UpgradeStatus) -> String {
+/// Describes a change of release that is under way.
+fn upgrade_text(upgrade: &UpgradeStatus) -> String {
     let from = upgrade.from.as_ref().map(|from| format!(" from {from}")).unwrap_or_default();
     let phase = match upgrade.phase.as_str() {
         "staging" => "being staged",
         "activating" => "being activated",
-        "switching" => "being put in place",
+        "switching" => "being installed",
         "probation" => "on probation",
         "trial" => "on trial",
-        "unproven" => "on trial, and unproven while the gateway cannot be reached",
-        "paused" => "on trial, which goes on when the home is started",
+        "unproven" => "on trial until the gateway is reachable",
+        "paused" => "on trial, paused until the home is started",
         "committing" => "being committed",
         _ => "being rolled back",
     };
     let mut text = format!("the change{from} to {} is {phase}", upgrade.to);
     if let Some(tries) = upgrade.tries_left {
-        text += &format!(", {tries} tries left");
+        text += &format!(", {tries} attempts left");
     }
     if let Some(deadline) = &upgrade.deadline {
         text += &format!(", until {deadline} at the latest");
@@ -136,6 +140,7 @@ fn under_way(upgrade: &UpgradeStatus) -> String {
     text
 }
 
+/// Describes the process of a role.
 fn role(role: &RoleStatus) -> String {
     let Some(pid) = role.pid else { return "not running".to_owned() };
     let mut text = format!("pid {pid}");
@@ -171,15 +176,15 @@ fn table(agents: &[AgentStatus]) -> Table {
     table
 }
 
-/// How far the download of a release is.
+/// Describes the progress of a download.
 fn progress(download: &DownloadStatus) -> String {
     let so_far = size(download.bytes);
     match download.total_bytes.filter(|total| *total > 0) {
         Some(total) => {
             let hundredths = download.bytes.min(total).saturating_mul(100) / total;
-            format!("{} is being fetched: {hundredths}% ({so_far} of {})", download.version, size(total))
+            format!("downloading {}: {hundredths}% ({so_far} of {})", download.version, size(total))
         }
-        None => format!("{} is being fetched: {so_far}", download.version),
+        None => format!("downloading {}: {so_far}", download.version),
     }
 }
 
@@ -192,7 +197,7 @@ fn colour(state: AgentState) -> Color {
     }
 }
 
-/// The two largest units of a length of time.
+/// A duration in its two largest units.
 fn span(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),
@@ -202,6 +207,7 @@ fn span(seconds: u64) -> String {
     }
 }
 
+/// A number of bytes in KiB or MiB.
 fn size(bytes: u64) -> String {
     const MIB: f64 = 1_048_576.0;
     match bytes {
@@ -215,16 +221,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spans_and_sizes_are_short() {
+    fn durations_and_sizes_are_short() {
         assert_eq!([span(7), span(95), span(3700), span(90_000)], ["7s", "1m 35s", "1h 1m", "1d 1h"]);
         assert_eq!([size(2048), size(3 << 19)], ["2 KiB", "1.5 MiB"]);
     }
 
     #[test]
-    fn a_download_is_told_with_its_whole_where_that_is_known() {
-        let told =
+    fn a_download_is_shown_with_its_total_if_known() {
+        let shown =
             |bytes, total_bytes| progress(&DownloadStatus { version: "2.0".parse().unwrap(), bytes, total_bytes });
-        assert_eq!(told(3 << 19, Some(3 << 20)), "2.0 is being fetched: 50% (1.5 MiB of 3.0 MiB)");
-        assert_eq!(told(2048, None), "2.0 is being fetched: 2 KiB");
+        assert_eq!(shown(3 << 19, Some(3 << 20)), "downloading 2.0: 50% (1.5 MiB of 3.0 MiB)");
+        assert_eq!(shown(2048, None), "downloading 2.0: 2 KiB");
     }
 }

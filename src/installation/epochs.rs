@@ -1,4 +1,4 @@
-//! The epochs that this host has committed: a release of a lower one was withdrawn, and is refused.
+//! The epochs that this host has committed: a release of a lower epoch was withdrawn, and is rejected.
 
 use std::collections::BTreeMap;
 
@@ -9,19 +9,19 @@ use super::trust;
 use crate::home::Home;
 use crate::store::{self, UnknownJson};
 
-/// The form of state that has `keys.json`, and `pins.json` where a first contact is trusted; homes that were made before have [`Epochs::form`] zero.
+/// The form of state with `keys.json` and, if a first contact is trusted, `pins.json`. Older homes have [`Epochs::form`] zero.
 const WITH_KEYRING: u32 = 1;
 /// The form that also has `releases.json`.
 const WITH_LEDGER: u32 = 2;
 
-/// `state/epochs.json`: the highest epoch that this host has committed, for each package's name. It only grows.
+/// `state/epochs.json`: for each package name, the highest epoch that this host has committed. It only grows.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Epochs {
     #[serde(default)]
     epochs: BTreeMap<String, u64>,
-    /// The form of the state that says whom the host trusts, so that a file that is lost is told from one that a home never had. Absent:
-    /// the first one.
+    /// The form of the state: which files must exist. It distinguishes a lost file from one that an older version did not create. Absent:
+    /// zero.
     #[serde(default)]
     form: u32,
     #[serde(flatten)]
@@ -29,30 +29,30 @@ pub struct Epochs {
 }
 
 impl Epochs {
-    /// The epochs of a standing home. That they are missing is an error: zero would let every old release in again.
+    /// The epochs of an existing home. A missing file is an error: zero would accept every withdrawn release again.
     pub fn load(home: &Home) -> Result<Epochs> {
         let path = home.epochs();
         match store::load(&path)? {
             Some(epochs) => Ok(epochs),
             None => bail!(
-                "cannot read {}: it is missing, and without it releases that were withdrawn would be accepted again; \
-                 bring it back from a backup, or install again with --fresh",
+                "cannot read {}: it is missing, and without it withdrawn releases would be accepted again; restore it from a backup, or \
+                 install again with --fresh",
                 path.display()
             ),
         }
     }
 
-    /// Those of a new home.
-    pub fn begin(home: &Home) -> Result<()> {
+    /// Creates the file of a new home.
+    pub fn create(home: &Home) -> Result<()> {
         Epochs::default().save(home)
     }
 
-    /// Commits the epoch of a release of this name on disk, beside whoever else commits another.
+    /// Commits the epoch of a release of this name on disk. Several processes may commit at the same time.
     pub fn commit(home: &Home, name: &str, epoch: u64) -> Result<()> {
         Epochs::commit_all(home, [(name, epoch)], false)
     }
 
-    /// As [`Epochs::commit`], of several at once. `has_ledger`: the ledger of releases is on disk, and its absence is a loss from then on.
+    /// Like [`Epochs::commit`], for several releases. `has_ledger`: the ledger of releases is on disk, and must exist from now on.
     pub fn commit_all<'a>(
         home: &Home,
         releases: impl IntoIterator<Item = (&'a str, u64)>,
@@ -64,7 +64,7 @@ impl Epochs {
         if !epochs.has_keyring() && home.keyring().exists() {
             epochs.form = WITH_KEYRING;
         }
-        // Each form has what the ones before have.
+        // Each form includes the files of the previous ones.
         if has_ledger && epochs.has_keyring() {
             epochs.form = epochs.form.max(WITH_LEDGER);
         }
@@ -74,17 +74,17 @@ impl Epochs {
         if epochs == before { Ok(()) } else { epochs.save(home) }
     }
 
-    /// Whether a ledger of releases was on disk once.
+    /// Whether the ledger of releases must exist.
     pub fn expects_ledger(&self) -> bool {
         self.form >= WITH_LEDGER
     }
 
-    /// Whether the home was made, or renewed, by a version that keeps a keyring.
+    /// Whether the keyring must exist: the home was installed by a version that has one.
     pub(super) fn has_keyring(&self) -> bool {
         self.form >= WITH_KEYRING
     }
 
-    /// Whether it was by one that leaves a file of pins wherever a first contact is trusted, be it an empty one.
+    /// Whether the file of pins must exist if a first contact is trusted; it may be empty.
     pub fn expects_pins(&self) -> bool {
         self.form >= WITH_KEYRING
     }
@@ -93,12 +93,12 @@ impl Epochs {
         store::save(&home.epochs(), self)
     }
 
-    /// The lowest epoch that is accepted of a package.
+    /// The lowest accepted epoch of a package.
     pub fn least(&self, name: &str) -> u64 {
         self.epochs.get(name).copied().unwrap_or(0)
     }
 
-    /// A release of this epoch was committed.
+    /// Records the epoch of a committed release.
     fn raise(&mut self, name: &str, epoch: u64) {
         let least = self.least(name);
         self.epochs.insert(name.to_owned(), epoch.max(least));
@@ -118,9 +118,9 @@ mod tests {
     }
 
     #[test]
-    fn of_those_who_commit_at_the_same_time_nobody_loses_anothers() {
+    fn concurrent_commits_are_not_lost() {
         let (_directory, home) = home();
-        Epochs::begin(&home).unwrap();
+        Epochs::create(&home).unwrap();
         let names: Vec<Vec<String>> = (0..4).map(|one| (0..8).map(|n| format!("agent-{one}-{n}")).collect()).collect();
         std::thread::scope(|scope| {
             for names in &names {
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_later_version_wrote_is_kept_to_the_last_digit() {
+    fn unknown_fields_of_a_later_version_are_preserved_exactly() {
         let text = r#"{"epochs":{"a":3},"later":{"rate":1444444444444444444444444444444444444444444444,"share":0.1,"is":[null]}}"#;
         let epochs: Epochs = serde_json::from_str(text).unwrap();
         let again: Epochs = serde_json::from_str(&serde_json::to_string(&epochs).unwrap()).unwrap();
@@ -142,11 +142,11 @@ mod tests {
     }
 
     #[test]
-    fn a_ledger_is_expected_once_one_was_on_disk_beside_a_keyring() {
+    fn a_ledger_is_expected_after_one_was_on_disk_with_a_keyring() {
         let (_directory, home) = home();
-        Epochs::begin(&home).unwrap();
+        Epochs::create(&home).unwrap();
         Epochs::commit_all(&home, [("a", 1)], true).unwrap();
-        assert!(!Epochs::load(&home).unwrap().expects_ledger(), "a later form would also say that there is a keyring");
+        assert!(!Epochs::load(&home).unwrap().expects_ledger(), "the later form would imply a keyring");
         std::fs::write(home.keyring(), "{}").unwrap();
         Epochs::commit_all(&home, [("a", 1)], true).unwrap();
         Epochs::commit(&home, "b", 1).unwrap();
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn epochs_only_grow_and_a_missing_store_is_an_error() {
+    fn epochs_only_grow_and_a_missing_file_is_an_error() {
         let (_directory, home) = home();
         assert!(Epochs::load(&home).is_err());
         let mut epochs = Epochs::default();

@@ -1,13 +1,12 @@
-//! The one executable of the home, and the names by which it takes a role.
+//! The executable of the home, and the names that select its role.
 //!
 //! ```text
-//! bin/aops                                       replaced whole, by rename: at every instant a whole executable
+//! bin/aops                                       replaced by a rename: it is complete at any moment
 //! bin/aops-spm, aops-spa, aops-agent-service     -> aops
 //! control                                        -> bin/aops
 //! ```
 //!
-//! Each name points at an image, which is an executable in `bin`: usually `aops`, but a role can be kept on another one while a new one
-//! is tried.
+//! Each name points to an image, an executable in `bin`: usually `aops`; during a trial, some roles stay on the backup.
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +23,7 @@ pub enum ExecutableName {
     Spm,
     /// The watchdog.
     Spa,
-    /// The installer, as the old system called it.
+    /// The installer, under the name of the old system.
     AgentService,
     /// The operator's command.
     Control,
@@ -45,7 +44,7 @@ impl ExecutableName {
     }
 }
 
-/// Puts `new`, a file on the home's file system, at `bin/aops`. It is on disk when this returns; `new` is gone.
+/// Replaces `bin/aops` with `new`, a file on the home's file system, which is moved. Synced to disk on return.
 pub fn replace(home: &Home, new: &Path) -> Result<()> {
     let path = home.executable();
     let attempt = || -> std::io::Result<()> {
@@ -53,16 +52,16 @@ pub fn replace(home: &Home, new: &Path) -> Result<()> {
         platform::replace_executable(new, &path)?;
         platform::sync_directory(&home.bin())
     };
-    attempt().with_context(|| format!("cannot put the new executable at {}", path.display()))
+    attempt().with_context(|| format!("cannot replace {} with the new executable", path.display()))
 }
 
-/// Makes these names lead to `image`, an executable in `bin`. It may be repeated.
+/// Points these names to `image`, an executable in `bin`. It may be repeated.
 pub fn point(home: &Home, names: &[ExecutableName], image: &Path) -> Result<()> {
     for name in names {
         let link = name.path(home);
         // Relative, so that the home can be moved.
         let target = link.parent().and_then(|directory| image.strip_prefix(directory).ok()).unwrap_or(image);
-        platform::replace_link(target, &link).with_context(|| format!("cannot make the link {}", link.display()))?;
+        platform::replace_link(target, &link).with_context(|| format!("cannot create the link {}", link.display()))?;
     }
     Ok(())
 }
@@ -85,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_follows_the_executable_that_is_replaced() {
+    fn every_name_points_to_the_replaced_executable() {
         let (_directory, home) = home();
         let new = home.bin().join("new");
         for content in ["1", "2"] {
@@ -98,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_can_be_kept_on_another_image_and_led_back() {
+    fn a_name_can_point_to_a_different_image_and_back() {
         let (_directory, home) = home();
         let old = home.bin().join("aops.prev");
         fs::write(&old, "old").unwrap();

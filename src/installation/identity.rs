@@ -1,4 +1,4 @@
-//! Who this host is: the identity given at install, and the machine that it runs on.
+//! The identity of this host: the agent id given at install, and the id of the machine.
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -7,37 +7,40 @@ use crate::core::model::AgentId;
 use crate::home::Home;
 use crate::store::{self, UnknownJson};
 
-/// An id with its line end; what is longer is something else.
+/// Size limit of the file of the agent id.
 const MAX_AGENT_ID_BYTES: u64 = 4 << 10;
 
-/// `state/instance.json`: which machine this is, so that a clone of it shows.
+/// `state/instance.json`: identifies the machine, so that a clone of it is detected.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Instance {
     instance_id: String,
-    /// The machine that it was made for, as the system names it; empty where it does not.
+    /// The system's machine id when the instance id was created; empty if the system has none.
     machine_id: String,
     #[serde(flatten)]
     unknown: UnknownJson,
 }
 
-/// A UUID made at the first start on this machine, and made anew on a clone of it.
+/// A UUID, created at the first start on this machine; a clone of the machine gets a new one.
 pub fn instance_id(home: &Home) -> String {
     let path = home.instance();
     let machine_id = machine_uid::get().unwrap_or_default();
-    // What cannot be read is no reason not to start: the host only looks like a new one.
-    let known = store::load::<Instance>(&path).ok().flatten().filter(|known| known.machine_id == machine_id);
-    if let Some(known) = known {
-        return known.instance_id;
+    // An unreadable file does not prevent the start: the host is reported as a new one.
+    let recorded = store::load::<Instance>(&path).ok().flatten().filter(|recorded| recorded.machine_id == machine_id);
+    if let Some(recorded) = recorded {
+        return recorded.instance_id;
     }
     let new = Instance { instance_id: uuid::Uuid::new_v4().to_string(), machine_id, unknown: UnknownJson::new() };
     if let Err(error) = store::save(&path, &new) {
-        tracing::warn!(error = format!("{error:#}"), "the instance id cannot be kept; the next start makes another");
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "cannot save the instance id; the next start creates a different one"
+        );
     }
     new.instance_id
 }
 
-/// The identity given at install; `None` where there is none.
+/// The agent id given at install; `None`: the file does not exist.
 pub fn agent_id(home: &Home) -> Result<Option<AgentId>> {
     let path = home.agent_id();
     let Some(bytes) = store::read(&path, MAX_AGENT_ID_BYTES)? else { return Ok(None) };
@@ -57,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_id_that_is_none_is_told_from_a_missing_one() {
+    fn an_invalid_agent_id_is_an_error_and_a_missing_one_is_not() {
         let (_directory, home) = home();
         assert_eq!(agent_id(&home).unwrap(), None);
         std::fs::write(home.agent_id(), "540\n").unwrap();

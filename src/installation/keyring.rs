@@ -1,20 +1,20 @@
-//! By which public keys packages are trusted, whoever brought them, and which of them were revoked.
+//! The public keys that packages are verified with: the trusted and the revoked ones.
 //!
 //! ```text
-//! etc/keys/*.pub        the operator's, and those of the bootstrap executable
-//! state/keys.json       brought:  keys that the bootstrap and signed packages of the manager brought
-//!                       revoked:  keys that signed packages of the manager withdrew
-//! (the executable)      keys baked in at build time
+//! etc/keys/*.pub        keys of the operator and of the bootstrap executable
+//! state/keys.json       brought:  keys added by the bootstrap and by signed packages of the manager
+//!                       revoked:  keys revoked by signed packages of the manager
+//! (the executable)      keys built in at build time
 //!
 //! in a package of the manager:
-//!   keys/*.pub            keys to be trusted from its commit on
-//!   keys/revoked/*.pub    keys to be trusted no more, for good
+//!   keys/*.pub            keys to trust when the package is committed
+//!   keys/revoked/*.pub    keys to reject permanently
 //! ```
 //!
-//! A revoked key is refused wherever it comes from, be it baked in, carried by a bootstrap or brought by a later package, and whatever id
-//! it goes by; a roll back does not take a revocation back. Only an operator's own file in `etc/keys` counts for more: such a key stays
-//! trusted until its file is removed, which is told. That a key in `etc/keys` is not the operator's own shows by its being among those brought.
-//! A home that was made before there was `state/keys.json` cannot say it, and counts as having been brought all of them.
+//! A revoked key is rejected from every source (built in, in a bootstrap, in a later package) and under any id. A rollback does not undo a
+//! revocation. One source overrides it: a key in an operator's own file in `etc/keys` stays trusted until the file is removed, with a
+//! warning. A key in `etc/keys` is the operator's own unless it is listed as brought. In a home older than `state/keys.json`, every key
+//! counts as brought.
 
 use std::path::Path;
 
@@ -29,7 +29,7 @@ use crate::package::Keys;
 use crate::package::keys::Key;
 use crate::store::{self, UnknownJson};
 
-/// More than anybody rotates through in a host's life.
+/// More keys than are rotated in the life of a host.
 const MAX_REVOKED: usize = 256;
 
 /// `state/keys.json`.
@@ -45,18 +45,18 @@ pub struct Keyring {
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", try_from = "RawKeyring", into = "RawKeyring")]
+#[serde(rename_all = "camelCase", try_from = "RawKeyEntry", into = "RawKeyEntry")]
 struct KeyEntry {
     key: Key,
-    /// What brought or revoked it, for a person to read.
+    /// The package or bootstrap that brought or revoked it, for display.
     by: String,
     unknown: UnknownJson,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct RawKeyring {
-    /// As minisign writes it, without comment.
+struct RawKeyEntry {
+    /// In minisign's format, without the comment line.
     key: String,
     #[serde(default)]
     by: String,
@@ -64,23 +64,23 @@ struct RawKeyring {
     unknown: UnknownJson,
 }
 
-impl TryFrom<RawKeyring> for KeyEntry {
+impl TryFrom<RawKeyEntry> for KeyEntry {
     type Error = String;
 
-    fn try_from(written: RawKeyring) -> Result<KeyEntry, String> {
-        let keys = Keys::parse(&written.key).map_err(|error| format!("{error:#}"))?;
-        let key = keys.iter().next().ok_or("there is no key in it")?.clone();
-        Ok(KeyEntry { key, by: written.by, unknown: written.unknown })
+    fn try_from(raw: RawKeyEntry) -> Result<KeyEntry, String> {
+        let keys = Keys::parse(&raw.key).map_err(|error| format!("{error:#}"))?;
+        let key = keys.iter().next().ok_or("the entry has no key")?.clone();
+        Ok(KeyEntry { key, by: raw.by, unknown: raw.unknown })
     }
 }
 
-impl From<KeyEntry> for RawKeyring {
-    fn from(entry: KeyEntry) -> RawKeyring {
-        RawKeyring { key: entry.key.base64().to_owned(), by: entry.by, unknown: entry.unknown }
+impl From<KeyEntry> for RawKeyEntry {
+    fn from(entry: KeyEntry) -> RawKeyEntry {
+        RawKeyEntry { key: entry.key.base64().to_owned(), by: entry.by, unknown: entry.unknown }
     }
 }
 
-/// What a package of the manager says about keys.
+/// The keys that a package of the manager brings and revokes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct KeyOffer {
     by: String,
@@ -91,26 +91,26 @@ pub struct KeyOffer {
 impl KeyOffer {
     /// Reads it from a verified and unpacked package of this version.
     pub fn read(tree: &Path, version: &Version) -> Result<KeyOffer> {
-        let brought = Keys::load(&tree.join("keys")).context("cannot take the keys that the package brings")?;
+        let brought = Keys::load(&tree.join("keys")).context("cannot read the keys that the package brings")?;
         let revoked =
-            Keys::load(&tree.join("keys/revoked")).context("cannot take the keys that the package revokes")?;
+            Keys::load(&tree.join("keys/revoked")).context("cannot read the keys that the package revokes")?;
         KeyOffer::new(version, brought, revoked)
     }
 
-    /// Of a package of this version, which may not contradict itself.
+    /// The offer of a package of this version. A key that is both brought and revoked is an error.
     pub fn new(version: &Version, brought: Keys, revoked: Keys) -> Result<KeyOffer> {
         if let Some(key) = brought.iter().find(|key| revoked.contains(key)) {
-            bail!("cannot take the keys of the package: it both brings and revokes the key {}", key.id());
+            bail!("cannot accept the keys of the package: it both brings and revokes the key {}", key.id());
         }
         Ok(KeyOffer { by: format!("aops-spm {version}"), brought, revoked })
     }
 
-    /// What a record keeps of it: the keys that are brought, and those that are revoked.
+    /// The brought and the revoked keys as texts, for a record.
     pub fn texts(&self) -> (Vec<String>, Vec<String>) {
         (self.brought.texts(), self.revoked.texts())
     }
 
-    /// What a record kept of the offer of a package of this version.
+    /// The offer of a package of this version, from the texts in a record.
     pub fn of_texts(version: &Version, brought: &[String], revoked: &[String]) -> Result<KeyOffer> {
         let keys = |texts: &[String]| {
             texts.iter().try_fold(Keys::default(), |mut keys, text| {
@@ -122,79 +122,78 @@ impl KeyOffer {
     }
 }
 
-/// Takes over what a package of the manager says about keys that is committed beside whoever else changes what the host trusts.
-pub fn take_over(home: &Home, offer: &KeyOffer) -> Result<Vec<String>> {
+/// Applies the keys of a package of the manager that is being committed. Returns remarks for the operator.
+pub fn apply_offer(home: &Home, offer: &KeyOffer) -> Result<Vec<String>> {
     let _lock = trust::lock(home)?;
     commit(home, offer)
 }
 
-/// The keys by which packages are verified on this host. Files that others can write are refused.
+/// The keys that packages are verified with on this host. Files that others can write to are rejected.
 pub fn trusted(home: &Home) -> Result<Keys> {
     permissions::keys(home)?;
     Keyring::load(home)?.trusted(&Keys::load(&home.keys())?, &Keys::baked_in()?)
 }
 
-/// Takes over the keys of an installation: those that the operator has `given`, those that the bootstrap `carried`, and what the manager's
-/// package says about keys; answers what an operator should hear of that. Of a home that `stands` all else is kept.
-pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &KeyOffer) -> Result<Vec<String>> {
+/// Installs the keys that the operator has `given`, those in the bootstrap (`carried`), and those of the manager's package. Returns remarks
+/// for the operator. `keeps`: the keys of the existing installation are kept.
+pub fn install(home: &Home, keeps: bool, given: &Keys, carried: &Keys, offer: &KeyOffer) -> Result<Vec<String>> {
     let _lock = trust::lock(home)?;
-    let standing = if stands { Keyring::load(home)? } else { Keyring::default() };
-    if !stands {
-        // One that was killed left them: by nothing that is known would they be the operator's.
+    let existing = if keeps { Keyring::load(home)? } else { Keyring::default() };
+    if !keeps {
+        // Files of a killed installation would count as the operator's.
         Keys::files(&home.keys())?.iter().try_for_each(|file| store::remove(file))?;
     }
-    let (ring, accepted) = standing.installed(given, carried, &Keys::load(&home.keys())?);
-    // A key is never without its file or its entry; and a file is never there before it is known that the bootstrap brought it.
+    let (ring, accepted) = existing.installed(given, carried, &Keys::load(&home.keys())?);
+    // In this order, a crash leaves no file of the bootstrap that is not listed as brought, and no key without both.
     given.save_to(&home.keys())?;
     ring.save(home)?;
     accepted.save_to(&home.keys())?;
     commit(home, offer)
 }
 
-/// Before the files in `etc/keys` are put back as they were `before` an installation that failed: what it revoked stays so, for the signed
-/// word of a trusted key says so, and so do the keys that packages and bootstraps brought, for without them a host could be left that
-/// trusts nobody. What the operator gave goes with its file.
+/// Called after a failed installation, before the files in `etc/keys` are restored. Its revocations are kept, because a trusted key signed
+/// them. The keys that packages and bootstraps brought are kept, too: without them, the host could be left without a trusted key. The keys
+/// that the operator gave are removed with their files. `before`: the keyring before the installation.
 pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
     let _lock = trust::lock(home)?;
     let ring = Keyring::load(home)?;
-    let joined = ring.clone().joined(before);
-    if joined == ring { Ok(()) } else { joined.save(home) }
+    let merged = ring.clone().merged(before);
+    if merged == ring { Ok(()) } else { merged.save(home) }
 }
 
-/// Takes over what a package of the manager says about keys, whose release is being committed; answers what an operator should hear of.
-/// It may be repeated. The caller holds the lock of what the host trusts.
+/// Applies an offer; returns remarks for the operator. It may be repeated. The caller holds the trust lock.
 fn commit(home: &Home, offer: &KeyOffer) -> Result<Vec<String>> {
     let (ring, remarks) = Keyring::load(home)?.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
-    // First it is refused; then its file goes, which would be the operator's if nothing said that it was brought.
+    // In this order, a crash leaves no file of a brought key that would count as the operator's.
     ring.save(home)?;
     for file in Keys::files(&home.keys())? {
         if Keys::read(&file)?.iter().all(|key| ring.is_revoked(key) && ring.is_brought(key)) {
             store::remove(&file)?;
         }
     }
-    ring.settled(&Keys::load(&home.keys())?).save(home)?;
+    ring.without_revoked(&Keys::load(&home.keys())?).save(home)?;
     Ok(remarks)
 }
 
 impl Keyring {
-    /// The keys of a standing home. That they are missing is an error, but for one from before they were kept: what was revoked would be
-    /// trusted again.
+    /// The keyring of an existing home. A missing file is an error, because revoked keys would be trusted again, except in a home of an
+    /// older version without a keyring.
     pub fn load(home: &Home) -> Result<Keyring> {
         let path = home.keyring();
         match store::load(&path)? {
             Some(ring) => Ok(ring),
-            None if !Epochs::load(home)?.has_keyring() => Ok(Keyring::of_before(&Keys::load(&home.keys())?)),
+            None if !Epochs::load(home)?.has_keyring() => Ok(Keyring::of_older_version(&Keys::load(&home.keys())?)),
             None => bail!(
-                "cannot read {}: it is missing, and without it keys that were revoked would be trusted again; bring it back \
-                 from a backup, or install again with --fresh",
+                "cannot read {}: it is missing, and without it revoked keys would be trusted again; restore it from a backup, or \
+                 install again with --fresh",
                 path.display()
             ),
         }
     }
 
-    /// Nobody noted then who put a key there. It counts as brought: that it was compromised, and so is revoked, must hold on every host of
-    /// a fleet; whoever does not agree gives it again.
-    fn of_before(etc: &Keys) -> Keyring {
+    /// An older version did not record the source of a key. It counts as brought, so that its revocation takes effect on every host of a
+    /// fleet; an operator can give it again to keep it.
+    fn of_older_version(etc: &Keys) -> Keyring {
         let mut ring = Keyring::default();
         for key in etc.iter() {
             ring.bring(key, "an earlier installation");
@@ -206,8 +205,8 @@ impl Keyring {
         store::save(&home.keyring(), self)
     }
 
-    /// After an installation that was given `given` by the operator and `carried` by the bootstrap, over the keys in `etc`: it also answers
-    /// what of `carried` is trusted.
+    /// The keyring after an installation with the keys that the operator has `given`, those in the bootstrap (`carried`) and those in
+    /// `etc`; and the accepted ones of `carried`.
     pub fn installed(&self, given: &Keys, carried: &Keys, etc: &Keys) -> (Keyring, Keys) {
         let mut ring = self.clone();
         ring.brought.retain(|entry| !given.contains(&entry.key));
@@ -218,7 +217,7 @@ impl Keyring {
         (ring, accepted)
     }
 
-    /// The keys that count, of the files in `etc`, those baked in and those brought.
+    /// The trusted keys: of the files in `etc`, of the built-in ones and of the brought ones.
     pub fn trusted(&self, etc: &Keys, baked: &Keys) -> Result<Keys> {
         let mut keys = etc.filtered(|key| !self.is_revoked(key) || !self.is_brought(key));
         keys.extend(baked.filtered(|key| !self.is_revoked(key)))?;
@@ -227,12 +226,12 @@ impl Keyring {
         Ok(keys.telling_of(self.revoked.iter().map(|entry| (entry.key.id(), entry.by.clone())).collect()))
     }
 
-    /// The revoked keys that are trusted all the same, for a file of the operator's is in `etc`.
+    /// A warning for each revoked key that is trusted because the operator has a file of it in `etc`.
     pub fn overruled(&self, etc: &Keys) -> Vec<String> {
-        let held = self.revoked.iter().filter(|entry| etc.contains(&entry.key) && !self.is_brought(&entry.key));
-        held.map(|entry| {
+        let overruled = self.revoked.iter().filter(|entry| etc.contains(&entry.key) && !self.is_brought(&entry.key));
+        overruled.map(|entry| {
             format!(
-                "the key {} was revoked by {}, and is trusted all the same, for it lies in etc/keys as your own; remove its file there",
+                "the key {} was revoked by {}, but is still trusted, because your own file of it is in etc/keys; remove its file",
                 entry.key.id(),
                 entry.by
             )
@@ -240,14 +239,14 @@ impl Keyring {
         .collect()
     }
 
-    /// What was brought and what revoked, and by what, for a person to read.
+    /// A line for each brought and each revoked key, with its source.
     pub fn described(&self) -> impl Iterator<Item = String> {
         let brought =
             self.brought.iter().map(|entry| format!("trusted key {} (brought by {})", entry.key.id(), entry.by));
         brought.chain(self.revoked.iter().map(|entry| format!("revoked key {} (by {})", entry.key.id(), entry.by)))
     }
 
-    /// What follows from an offer, and what an operator should hear of.
+    /// The keyring after an offer, and remarks for the operator.
     fn after(&self, offer: &KeyOffer, etc: &Keys, baked: &Keys) -> Result<(Keyring, Vec<String>)> {
         let (mut ring, mut remarks) = (self.clone(), Vec::new());
         let by = &offer.by;
@@ -257,39 +256,39 @@ impl Keyring {
         }
         for key in offer.brought.iter() {
             if ring.is_revoked(key) {
-                remarks.push(format!("{by} brings the key {}, which was revoked and stays so", key.id()));
+                remarks.push(format!("{by} brings the key {}, which stays revoked", key.id()));
             } else if !etc.contains(key) && ring.bring(key, by) {
                 remarks.push(format!("{by} brings the key {}, which is trusted from now on", key.id()));
             }
         }
         ensure!(
             ring.revoked.len() <= MAX_REVOKED,
-            "cannot take the keys of {by}: more than {MAX_REVOKED} would be revoked"
+            "cannot accept the keys of {by}: more than {MAX_REVOKED} keys would be revoked"
         );
-        let trusted = ring.trusted(etc, baked).with_context(|| format!("cannot take the keys of {by}"))?;
+        let trusted = ring.trusted(etc, baked).with_context(|| format!("cannot accept the keys of {by}"))?;
         ensure!(
             offer.revoked.is_empty() || !trusted.is_empty(),
-            "cannot take the keys of {by}: it revokes every key that is trusted here, and no release could follow it"
+            "cannot accept the keys of {by}: it revokes every key that this host trusts, so no later release could be verified"
         );
         remarks.extend(ring.overruled(etc).into_iter().filter(|remark| !self.overruled(etc).contains(remark)));
         Ok((ring, remarks))
     }
 
-    /// What would follow from an offer is refused here as it would be when it is committed.
+    /// Checks an offer before it is staged: fails if its commit would fail.
     pub fn examine(&self, offer: &KeyOffer, etc: &Keys) -> Result<()> {
         self.after(offer, etc, &Keys::baked_in()?).map(drop)
     }
 
-    /// Of a revoked key it need not be known any more that it was brought, once no file of it is left: one that comes is the operator's.
-    fn settled(mut self, etc: &Keys) -> Keyring {
+    /// Drops the brought keys that are revoked and have no file: a file that is created later is the operator's.
+    fn without_revoked(mut self, etc: &Keys) -> Keyring {
         let revoked: Vec<Key> = self.revoked.iter().map(|entry| entry.key.clone()).collect();
         let is_revoked = |key: &Key| revoked.iter().any(|other| other.is_same(key));
         self.brought.retain(|entry| !is_revoked(&entry.key) || etc.contains(&entry.key));
         self
     }
 
-    /// With all that is in either.
-    fn joined(mut self, other: &Keyring) -> Keyring {
+    /// The entries of both keyrings.
+    fn merged(mut self, other: &Keyring) -> Keyring {
         for entry in &other.brought {
             if !self.is_brought(&entry.key) {
                 self.brought.push(entry.clone());
@@ -303,7 +302,7 @@ impl Keyring {
         self
     }
 
-    /// Whether that is news.
+    /// Adds a brought key; `false`: it is listed already.
     fn bring(&mut self, key: &Key, by: &str) -> bool {
         if self.is_brought(key) {
             return false;

@@ -1,21 +1,21 @@
-//! Whether a home can be relied on: its directories are directories, and nobody but root and whoever runs it can change what lies in them.
-//! As root, that is root alone.
+//! Checks the owners and permissions of a home: its directories are real directories, and only root and the user of the manager can change
+//! them. If the manager runs as root, only root.
 //!
-//! The manager runs what it finds in the home and writes where its paths lead. A link in the place of a directory would lead it elsewhere,
-//! and whoever can write beside a key can add one. The home itself may be reached over a link. Who can put another home in its place is
-//! told: what lies above is the host's, and a fleet is not to stand still for the mode of `/opt`.
+//! The manager runs programs of the home and writes to its paths. A link instead of a directory would redirect it, and a user with write
+//! access to the directory of the keys could add a key. The home itself may be reached through a link. A directory above the home that
+//! others can change is only reported: it belongs to the host, and a fleet must not stop because of the mode of `/opt`.
 //!
 //! ```text
-//! what others can change                                      what is refused
-//! the home, its directories, bin/aops                         to fetch, unpack or activate a release; to install, to uninstall
-//! etc/keys, state/keys.json, state/epochs.json                to fetch a release: by these packages are trusted
-//! the home, bin, bin/aops                                     to start a role
-//! the home, agents, a sub-agent's directory                   to start it, and to ask after its health
-//! the directories above the home; a release that is active    nothing: it is told
-//! etc/conf.toml, etc/agent-id, caCert, other state files      nothing: no release gets in by them; it is told
+//! changeable by others                                        refused actions
+//! the home, its directories, bin/aops                         download, unpack or activate a release; install, uninstall
+//! etc/keys, state/keys.json, state/epochs.json                download a release: packages are verified with these
+//! the home, bin, bin/aops                                     start a role
+//! the home, agents, a sub-agent's directory                   start the sub-agent, run its health check
+//! a directory above the home, the active release              none: reported
+//! etc/conf.toml, etc/agent-id, caCert, other state files      none: reported; they cannot authorize a release
 //! ```
 //!
-//! Whatever is refused, a sub-agent that runs goes on running.
+//! A running sub-agent keeps running in any case.
 
 use std::fmt;
 use std::fs;
@@ -29,10 +29,10 @@ use crate::home::Home;
 use crate::package::Keys;
 use crate::platform::{self, ExpectedPath};
 
-/// Of the state's files, so many are looked at: there are a dozen.
+/// The number of state files that are checked. There are about a dozen.
 const MAX_STATE_FILES: usize = 256;
 
-/// What is wrong with a home, for an operator to mend.
+/// Files of a home that other users can change, with the remedies, separated by `; `.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnsafeHome(String);
 
@@ -44,116 +44,116 @@ impl fmt::Display for UnsafeHome {
 
 impl std::error::Error for UnsafeHome {}
 
-/// Looks at every directory of the home and at its executable; one that is missing is made again by others and is no fault.
+/// Checks every directory of the home and its executable. A missing one is not a fault: it is created elsewhere.
 pub fn home(home: &Home) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
-    look.whole()?;
-    look.end()
+    let mut check = PermissionCheck::at(home)?;
+    check.check_home()?;
+    check.finish()
 }
 
-/// Looks at what somebody relies on who installs or removes: the home itself, where its locks and records lie, and what he names.
-pub fn grounds(home: &Home, also: &[(PathBuf, ExpectedPath)]) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
+/// Checks the paths that an installation or uninstallation uses first: the home, the directories of its locks and records, and those in
+/// `also`.
+pub fn install_paths(home: &Home, also: &[(PathBuf, ExpectedPath)]) -> Result<()> {
+    let mut check = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.run(), home.process_records()] {
-        look.here(&directory, ExpectedPath::Directory)?;
+        check.check_path(&directory, ExpectedPath::Directory)?;
     }
     for (path, expected) in also {
-        look.here(path, *expected)?;
+        check.check_path(path, *expected)?;
     }
-    look.end()
+    check.finish()
 }
 
-/// As [`home`], and the directory of one sub-agent, in which its releases lie.
+/// Checks the same as [`home`] and the directory of a sub-agent, which holds its releases.
 pub fn agent(home: &Home, name: &AgentName) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
-    look.whole()?;
-    look.here(&home.agent(name), ExpectedPath::Directory)?;
-    look.end()
+    let mut check = PermissionCheck::at(home)?;
+    check.check_home()?;
+    check.check_path(&home.agent(name), ExpectedPath::Directory)?;
+    check.finish()
 }
 
-/// The directory of one sub-agent alone, before something in it is removed.
+/// Checks the directory of a sub-agent, before a file in it is removed.
 pub fn place(home: &Home, name: &AgentName) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
-    look.here(&home.agents(), ExpectedPath::Directory)?;
-    look.here(&home.agent(name), ExpectedPath::DirectoryOfAnyOwner)?;
-    look.end()
+    let mut check = PermissionCheck::at(home)?;
+    check.check_path(&home.agents(), ExpectedPath::Directory)?;
+    check.check_path(&home.agent(name), ExpectedPath::DirectoryOfAnyOwner)?;
+    check.finish()
 }
 
-/// What leads to a release of a sub-agent, and its directory, before something of it is run.
+/// Checks the directories down to a release of a sub-agent, before it is activated.
 pub fn release(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
-    look.release(name, version)?;
-    look.end()
+    let mut check = PermissionCheck::at(home)?;
+    check.check_release(name, version)?;
+    check.finish()
 }
 
-/// Where the releases of a sub-agent lie, before something of one is run. What lies in a release is its own: a script may give it to whom
-/// it runs as, or open it to others, and is to be started again after that.
+/// Checks the directories above a release of a sub-agent, before one of its programs is run. The files in the release are not checked: its
+/// script may change their owner or mode, and the sub-agent must be able to restart after that.
 pub fn programs(home: &Home, name: &AgentName) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
+    let mut check = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.agents(), home.agent(name)] {
-        look.here(&directory, ExpectedPath::Directory)?;
+        check.check_path(&directory, ExpectedPath::Directory)?;
     }
-    look.end()
+    check.finish()
 }
 
-/// A release that is run and a program in it: what is wrong there is told.
+/// Checks a release that runs and a program in it. The caller only reports a fault.
 pub fn program(home: &Home, name: &AgentName, version: &Version, program: &str) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
-    look.here(&home.release(name, version), ExpectedPath::Directory)?;
-    look.behind_links(&home.release(name, version).join(program))?;
-    look.end()
+    let mut check = PermissionCheck::at(home)?;
+    check.check_path(&home.release(name, version), ExpectedPath::Directory)?;
+    check.check_target(&home.release(name, version).join(program))?;
+    check.finish()
 }
 
-/// The executable of the home by one of its names, before a role is started by it.
+/// Checks one of the names of the home's executable, before a role is started with it.
 pub fn executable(home: &Home, name: &Path) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
+    let mut check = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.bin()] {
-        look.here(&directory, ExpectedPath::Directory)?;
+        check.check_path(&directory, ExpectedPath::Directory)?;
     }
-    look.behind_links(name)?;
-    look.end()
+    check.check_target(name)?;
+    check.finish()
 }
 
-/// Looks at what says which packages are trusted: the operator's key files, what was brought and revoked, the epochs, and the directories
-/// that they lie in.
+/// Checks the files that decide which packages are accepted, and their directories: the key files, the keyring and the epochs.
 pub fn keys(home: &Home) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
+    let mut check = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.etc(), home.keys(), home.state()] {
-        look.here(&directory, ExpectedPath::Directory)?;
+        check.check_path(&directory, ExpectedPath::Directory)?;
     }
-    if !look.faults.is_empty() {
-        // Nothing is looked for where somebody else can write.
-        return look.end();
+    if !check.faults.is_empty() {
+        // A directory that others can change is not listed.
+        return check.finish();
     }
     for file in Keys::files(&home.keys())?.into_iter().chain([home.keyring(), home.epochs()]) {
-        look.here(&file, ExpectedPath::File)?;
+        check.check_path(&file, ExpectedPath::File)?;
     }
-    look.end()
+    check.finish()
 }
 
-/// Looks at the directories above the home.
+/// Checks the directories above the home.
 pub fn way(home: &Home) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
-    look.way(Path::new("/"), home.root())?;
-    look.end()
+    let mut check = PermissionCheck::at(home)?;
+    check.check_parents(Path::new("/"), home.root())?;
+    check.finish()
 }
 
-/// As [`way`], and what says who this host is and whom it listens to, and what it remembers. `certificates`: the file that the settings
-/// name.
+/// Checks the same as [`way`] and the settings, the agent id and the state files. `certificates`: the file that the settings name as
+/// `caCert`.
 pub fn files(home: &Home, certificates: Option<&Path>) -> Result<()> {
-    let mut look = PermissionCheck::at(home)?;
-    look.way(Path::new("/"), home.root())?;
+    let mut check = PermissionCheck::at(home)?;
+    check.check_parents(Path::new("/"), home.root())?;
     let certificates = certificates.filter(|path| path.starts_with(home.root())).map(Path::to_owned);
     for file in [home.config(), home.agent_id()].into_iter().chain(certificates) {
-        look.behind_links(&file)?;
+        check.check_target(&file)?;
     }
     for file in state_files(home)? {
-        look.here(&file, ExpectedPath::File)?;
+        check.check_path(&file, ExpectedPath::File)?;
     }
-    look.end()
+    check.finish()
 }
 
-/// The files of the state, in the order of their names, but for those of [`keys`].
+/// The state files except for those of [`keys`], sorted by name.
 fn state_files(home: &Home) -> Result<Vec<PathBuf>> {
     let state = home.state();
     let attempt = || -> std::io::Result<Vec<PathBuf>> {
@@ -176,12 +176,12 @@ fn state_files(home: &Home) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// A look at a home, and what was found to be wrong.
+/// A check of several paths of a home, and its faults.
 struct PermissionCheck<'a> {
     home: &'a Home,
-    /// The home behind all links; `None`: there is none.
+    /// The canonical path of the home; `None`: the home does not exist.
     root: Option<PathBuf>,
-    /// What is wrong, and with which path behind all links.
+    /// The canonical paths with a fault, and its description.
     faults: Vec<(PathBuf, String)>,
 }
 
@@ -191,84 +191,85 @@ impl<'a> PermissionCheck<'a> {
             Ok(root) => Some(root),
             Err(error) if is_missing(&error) => None,
             Err(error) => {
-                return Err(error).with_context(|| format!("cannot look at {}", home.root().display()));
+                return Err(error).with_context(|| format!("cannot check {}", home.root().display()));
             }
         };
         Ok(PermissionCheck { home, root, faults: Vec::new() })
     }
 
-    fn whole(&mut self) -> Result<()> {
+    fn check_home(&mut self) -> Result<()> {
         for (directory, _) in self.home.directories() {
-            self.here(&directory, ExpectedPath::Directory)?;
+            self.check_path(&directory, ExpectedPath::Directory)?;
         }
-        self.behind_links(&self.home.executable())
+        self.check_target(&self.home.executable())
     }
 
-    fn release(&mut self, name: &AgentName, version: &Version) -> Result<()> {
+    fn check_release(&mut self, name: &AgentName, version: &Version) -> Result<()> {
         let home = self.home;
         for directory in [home.root().to_owned(), home.agents(), home.agent(name), home.release(name, version)] {
-            self.here(&directory, ExpectedPath::Directory)?;
+            self.check_path(&directory, ExpectedPath::Directory)?;
         }
         Ok(())
     }
 
-    /// What lies at a path of the home.
-    fn here(&mut self, path: &Path, expected: ExpectedPath) -> Result<()> {
+    /// Checks a path of the home; a link is a fault.
+    fn check_path(&mut self, path: &Path, expected: ExpectedPath) -> Result<()> {
         let Some(root) = &self.root else { return Ok(()) };
-        let real = self.behind(root, path);
+        let real = self.resolve(root, path);
         let weakness = platform::weakness(&real, expected, root);
-        let weakness = weakness.with_context(|| format!("cannot look at {}", path.display()))?;
-        self.note(&real, weakness.map(|weakness| format!("cannot rely on {}: {weakness}", path.display())));
+        let weakness = weakness.with_context(|| format!("cannot check {}", path.display()))?;
+        self.add_fault(&real, weakness.map(|weakness| format!("cannot trust {}: {weakness}", path.display())));
         Ok(())
     }
 
-    /// A path of the home as it is behind the links that lead to the home.
-    fn behind(&self, root: &Path, path: &Path) -> PathBuf {
+    /// A path of the home, with the links in the home's own path resolved.
+    fn resolve(&self, root: &Path, path: &Path) -> PathBuf {
         match path.strip_prefix(self.home.root()) {
-            // Joined with nothing, a path ends in a slash, and is no file's any more.
+            // Joining an empty path would append a slash.
             Ok(below) if below.as_os_str().is_empty() => root.to_owned(),
             Ok(below) => root.join(below),
             Err(_) => path.to_owned(),
         }
     }
 
-    /// A file that a link may lead to, and what leads there from the home.
-    fn behind_links(&mut self, path: &Path) -> Result<()> {
+    /// Checks a file that may be a link: its target, and the directories and links that lead to it from the home.
+    fn check_target(&mut self, path: &Path) -> Result<()> {
         let Some(root) = self.root.clone() else { return Ok(()) };
-        self.way(&root, &self.behind(&root, path))?;
+        self.check_parents(&root, &self.resolve(&root, path))?;
         let real = match fs::canonicalize(path) {
             Ok(real) => real,
             Err(error) if is_missing(&error) => return Ok(()),
-            Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
+            Err(error) => return Err(error).with_context(|| format!("cannot check {}", path.display())),
         };
         let weakness = platform::weakness(&real, ExpectedPath::File, self.home.root());
-        let weakness = weakness.with_context(|| format!("cannot look at {}", real.display()))?;
-        let behind = if real == path { String::new() } else { format!(", which is {}", real.display()) };
-        let fault = weakness.map(|weakness| format!("cannot rely on {}{behind}: {weakness}", path.display()));
-        self.note(&real, fault);
+        let weakness = weakness.with_context(|| format!("cannot check {}", real.display()))?;
+        let target = if real == path { String::new() } else { format!(", a link to {}", real.display()) };
+        let fault = weakness.map(|weakness| format!("cannot trust {}{target}: {weakness}", path.display()));
+        self.add_fault(&real, fault);
         Ok(())
     }
 
-    fn way(&mut self, from: &Path, path: &Path) -> Result<()> {
+    /// Checks the directories and links from `from` to `path`.
+    fn check_parents(&mut self, from: &Path, path: &Path) -> Result<()> {
         let weak = platform::weakness_of_parents(from, path);
-        let weak = weak.with_context(|| format!("cannot look at what leads to {}", path.display()))?;
-        if let Some((place, weakness)) = weak {
-            let fault = format!("cannot rely on {}, which leads to {}: {weakness}", place.display(), path.display());
-            self.note(&place, Some(fault));
+        let weak = weak.with_context(|| format!("cannot check the directories above {}", path.display()))?;
+        if let Some((directory, weakness)) = weak {
+            let fault = format!("cannot trust {}, which leads to {}: {weakness}", directory.display(), path.display());
+            self.add_fault(&directory, Some(fault));
         }
         Ok(())
     }
 
-    /// One for each path: a directory leads to many.
-    fn note(&mut self, place: &Path, fault: Option<String>) {
+    /// Adds a fault; only the first one of each path, because a directory is above many paths.
+    fn add_fault(&mut self, path: &Path, fault: Option<String>) {
         if let Some(fault) = fault
-            && !self.faults.iter().any(|(other, _)| other == place)
+            && !self.faults.iter().any(|(other, _)| other == path)
         {
-            self.faults.push((place.to_owned(), fault));
+            self.faults.push((path.to_owned(), fault));
         }
     }
 
-    fn end(self) -> Result<()> {
+    fn finish(self) -> Result<()> {
         let faults: Vec<String> = self.faults.into_iter().map(|(_, fault)| fault).collect();
         if faults.is_empty() { Ok(()) } else { Err(UnsafeHome(faults.join("; ")).into()) }
     }

@@ -1,9 +1,9 @@
-//! The records of an installation: which release of the manager is in place, and what `install` did on the host outside the home, so
-//! that `uninstall` can take exactly that back.
+//! The records of an installation: the installed release of the manager, and the changes that `install` made outside the home, which
+//! `uninstall` undoes.
 //!
 //! ```text
-//! state/manager.json    written when a release of the manager is in place
-//! state/install.json    written last: where it stands, the installation is whole
+//! state/manager.json    written when a release of the manager is installed
+//! state/install.json    written last: if it exists, the installation is complete
 //! ```
 
 use std::path::PathBuf;
@@ -17,12 +17,12 @@ use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
 use crate::store::{self, UnknownJson};
 
-/// `state/manager.json`: the release of the manager that is in place, as its signed comment said.
+/// `state/manager.json`: the installed release of the manager, according to the signed comment of its package.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ManagerRecord {
     pub version: Version,
-    /// Of the package.
+    /// The digest of the package.
     pub sha256: Digest,
     pub epoch: u64,
     /// The package's file name.
@@ -41,17 +41,17 @@ impl ManagerRecord {
     }
 }
 
-/// `state/install.json`: how the home is tied into the host.
+/// `state/install.json`: the registration of the home with the host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct InstallRecord {
     /// The service manager that the roles are registered with.
     pub service: ServiceManagerKind,
     pub product: String,
-    /// Directories that were made for the home, the home itself among them, parents first.
+    /// Directories that were created for the home, including the home itself, parents first.
     #[serde(default)]
     pub created_directories: Vec<PathBuf>,
-    /// Links that were made outside the home.
+    /// Links that were created outside the home.
     #[serde(default)]
     pub linked: Vec<PathBuf>,
     #[serde(flatten)]
@@ -59,8 +59,8 @@ pub struct InstallRecord {
 }
 
 impl InstallRecord {
-    /// Nothing is known but who starts the roles.
-    pub fn by(service: ServiceManagerKind) -> InstallRecord {
+    /// A record with nothing but the service manager.
+    pub fn new(service: ServiceManagerKind) -> InstallRecord {
         let unknown = UnknownJson::default();
         InstallRecord { service, product: String::new(), created_directories: Vec::new(), linked: Vec::new(), unknown }
     }
@@ -74,7 +74,7 @@ impl InstallRecord {
     }
 }
 
-/// Whether an installation of aops stands in this home, however broken.
+/// Whether this home holds an installation of aops, even a broken one.
 pub fn exists(home: &Home) -> bool {
     let has = |path: PathBuf| path.symlink_metadata().is_ok();
     has(home.install_record())
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_of_a_newer_version_are_written_back() {
+    fn unknown_fields_of_a_newer_version_are_preserved() {
         let (_directory, home) = home();
         let text = r#"{"service":"none","product":"generic","later":[1]}"#;
         std::fs::write(home.install_record(), text).unwrap();

@@ -1,4 +1,4 @@
-//! A release of the manager before it is put in place: verified, unpacked, and checked against this host and this home.
+//! The checks of a release of the manager before it is installed: it is verified, runs on this host, and can read this home.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,21 +18,21 @@ use crate::package::VerifiedTree;
 use crate::store::UnknownJson;
 use crate::{command, platform};
 
-/// For the new executable to print its version.
-const SELF_CHECK: Duration = Duration::from_secs(30);
+/// Timeout for the new executable to print its version.
+const SELF_CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// For the new executable to read the settings and the state of a home.
-const PREFLIGHT: Duration = Duration::from_secs(60);
+/// Timeout for the new executable to read the settings and the state of a home.
+const PREFLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A release of the manager that can be put in place. There is no other way to make one than [`check`].
+/// A release of the manager that can be installed. Only [`check`] creates one.
 #[derive(Debug)]
 pub struct CheckedRelease {
     tree: VerifiedTree,
-    /// Its record, to be saved once it is in place.
+    /// Its record, to be saved when it is installed.
     pub manager: ManagerRecord,
-    /// What the package says about keys.
+    /// The keys that the package brings and revokes.
     pub offer: KeyOffer,
-    /// What it says about the gateway.
+    /// The endpoint that the package brings.
     endpoint: Option<NewEndpoint>,
 }
 
@@ -42,7 +42,7 @@ impl CheckedRelease {
         executable_in(self.tree.path())
     }
 
-    /// As the record of an upgrade names it.
+    /// The release in the form of an upgrade's record.
     pub fn image(&self) -> Result<Image> {
         let path = self.executable();
         let digest = Programs::default().at(&path)?.with_context(|| format!("{} is missing", path.display()))?;
@@ -51,11 +51,11 @@ impl CheckedRelease {
     }
 }
 
-/// The release in place, as the record of an upgrade names it.
+/// The installed release in the form of an upgrade's record.
 pub fn in_place(home: &Home) -> Result<Image> {
     let path = home.executable();
     let manager = ManagerRecord::load(home)?.with_context(|| {
-        format!("cannot tell which release this is: {} is missing", home.manager_record().display())
+        format!("cannot determine the installed release: {} is missing", home.manager_record().display())
     })?;
     let digest = Programs::default().at(&path)?.with_context(|| format!("{} is missing", path.display()))?;
     Ok(image(&manager, digest))
@@ -67,13 +67,13 @@ fn image(manager: &ManagerRecord, executable: Digest) -> Image {
     Image { version, sha256, executable, epoch, file, brings: Vec::new(), revokes: Vec::new(), endpoint: None, unknown }
 }
 
-/// Has an executable of the manager read the settings and the state of a home, and say whether it can.
+/// Runs an executable of the manager to check that it can read the settings and the state of a home.
 pub fn preflight(home: &Home, executable: &Path) -> Result<()> {
     let mut command = Command::new(executable);
     command.args(["spm", "--home"]).arg(home.known_as()).arg("preflight").current_dir("/");
-    command::run(&mut command, PREFLIGHT)
+    command::run(&mut command, PREFLIGHT_TIMEOUT)
         .and_then(command::Finished::success)
-        .context("the new executable cannot work with this home's settings and state")
+        .context("the new executable cannot read this home's settings and state")
         .map(drop)
 }
 
@@ -82,13 +82,13 @@ pub fn check(tree: VerifiedTree, file: String) -> Result<CheckedRelease> {
     let executable = executable_in(tree.path());
     if !executable.is_file() {
         bail!(
-            "cannot use the package {file}: it holds no {}",
+            "cannot use the package {file}: it has no {}",
             executable.strip_prefix(tree.path()).unwrap_or(&executable).display()
         );
     }
     platform::set_mode(&executable, 0o755)
         .with_context(|| format!("cannot set the mode of {}", executable.display()))?;
-    command::run(Command::new(&executable).arg("--version").current_dir("/"), SELF_CHECK)
+    command::run(Command::new(&executable).arg("--version").current_dir("/"), SELF_CHECK_TIMEOUT)
         .and_then(command::Finished::success)
         .with_context(|| format!("the executable of {file} does not run on this host"))?;
     let manager = ManagerRecord {

@@ -1,5 +1,5 @@
-//! The lock on what the host trusts: its epochs and its keyring are read, changed and written back by one process at a time, as an
-//! installation does it beside a manager that runs.
+//! The lock on the epochs and the keyring, which an installation and a running manager may change at the same time: only the holder loads,
+//! changes and saves them.
 
 use std::time::Duration;
 
@@ -9,15 +9,16 @@ use crate::home::Home;
 use crate::lock::{self, LockGuard};
 
 /// The holder writes two or three files.
-const DEADLINE: Duration = Duration::from_secs(5);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// No other process changes what the host trusts while this is held.
+/// Takes the lock.
 pub(super) fn lock(home: &Home) -> Result<LockGuard> {
     let path = home.trust_lock();
-    lock::take(&path, DEADLINE)?.with_context(|| {
+    lock::take(&path, LOCK_TIMEOUT)?.with_context(|| {
         format!(
-            "cannot change what this host trusts: another process has held {} for too long; try again",
-            path.display()
+            "cannot lock {}: another process has held the lock for more than {} seconds; try again",
+            path.display(),
+            LOCK_TIMEOUT.as_secs()
         )
     })
 }

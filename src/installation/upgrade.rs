@@ -1,17 +1,17 @@
-//! The manager's upgrade of itself, on disk: the record, `bin/aops` and its backup, and the links of the roles.
+//! The self-upgrade of the manager on disk: the record, `bin/aops` and its backup, and the links of the roles.
 //!
-//! What the next step is decides [`core::upgrade`](crate::core::upgrade). Here is what it is decided by, as far as the disk tells, and the
-//! steps that change the disk. A [`UpgradeSession`] holds a lock while it lasts, so that of the two roles and the installer one looks or acts at
-//! a time.
+//! [`core::upgrade`](crate::core::upgrade) decides the next step. This module reads the evidence that is on disk, and executes the steps
+//! that change the disk. An [`UpgradeSession`] holds a lock, so that only one of the two roles and the installer reads or changes the
+//! upgrade at a time.
 //!
 //! ```text
 //! state/upgrade.json       the record
-//! state/upgrade.reserve    space that is given up when the disk is full in the middle of an upgrade
-//! bin/aops.prev            the backup; while a new release is on trial, every role but the manager runs it
-//! bin/.aops.next           an executable on its way to bin/aops or bin/aops.prev
+//! state/upgrade.reserve    reserved space, released if the disk is full during an upgrade
+//! bin/aops.prev            the backup; while a new release is on trial, every role except the manager runs it
+//! bin/.aops.next           a temporary file that is renamed to bin/aops or bin/aops.prev
 //! ```
 //!
-//! Before each step what an earlier one may have left is synced, since an interrupted one may not have come to that.
+//! Before each step, the directories are synced: an interrupted previous step may not have done it.
 
 mod programs;
 
@@ -39,12 +39,12 @@ use crate::{platform, store};
 
 pub use programs::{Programs, which};
 
-/// The names that are led to the backup while a new release is on trial: all but the manager's.
-const MOVED: &[ExecutableName] = &[ExecutableName::Spa, ExecutableName::AgentService, ExecutableName::Control];
-/// Given up when the disk is full: enough for a few writes of the record and for new links.
+/// The names that point to the backup while a new release is on trial: all except the manager's.
+const ON_BACKUP: &[ExecutableName] = &[ExecutableName::Spa, ExecutableName::AgentService, ExecutableName::Control];
+/// The size of the reserve: enough for a few writes of the record and for new links.
 const RESERVE_BYTES: usize = 64 << 10;
 
-/// What the disk tells. What it means is said at [`Evidence`](crate::core::upgrade::Evidence).
+/// The evidence that is on disk. [`Evidence`](crate::core::upgrade::Evidence) documents the fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placement {
     pub executable: InstalledExecutable,
@@ -54,7 +54,7 @@ pub struct Placement {
     pub stopped: bool,
 }
 
-/// The record, while nobody else looks at it or acts by it.
+/// The locked record of the upgrade: no other process reads or changes it.
 #[derive(Debug)]
 pub struct UpgradeSession {
     home: Home,
@@ -63,37 +63,40 @@ pub struct UpgradeSession {
     _lock: LockGuard,
 }
 
-/// The record as it is on disk. One that cannot be understood is as good as none, which is a state that can be gone on from; what cannot
-/// be read at all is an error.
+/// Loads the record. A record that cannot be parsed counts as an empty one, from which the roles can continue; one that cannot be read is
+/// an error.
 pub fn load(home: &Home) -> Result<UpgradeRecord> {
     match store::load(&home.upgrade_record()) {
         Ok(record) => Ok(record.unwrap_or_default()),
         Err(error) if error.chain().any(|cause| cause.is::<serde_json::Error>()) => {
-            tracing::error!(error = format!("{error:#}"), "the record of upgrades is lost");
+            tracing::error!(
+                error = format!("{error:#}"),
+                "the record of upgrades cannot be parsed; using an empty one"
+            );
             Ok(UpgradeRecord::default())
         }
         Err(error) => Err(error),
     }
 }
 
-/// The release that a manager is which runs this program, where another than `state/manager.json` says: one on trial. `None`: that one.
+/// The release on trial, if this process runs its program; `None`: this process runs the release in `state/manager.json`.
 pub fn on_trial(record: &UpgradeRecord, programs: &mut Programs) -> Option<Image> {
     let trial = record.trial()?;
     let own = programs.of_process(std::process::id());
     let is_accepted = matches!(trial.phase, UpgradePhase::Trial | UpgradePhase::Committing);
-    let is_it = match which(trial, own.as_ref(), if is_accepted { WhichRelease::To } else { WhichRelease::From }) {
+    let is_new = match which(trial, own.as_ref(), if is_accepted { WhichRelease::To } else { WhichRelease::From }) {
         WhichRelease::To => true,
         WhichRelease::From => false,
-        // A script in its place runs something else; the release before is known by its bytes.
+        // The executable may be a script, whose process runs a different program. The previous release is identified by its bytes.
         WhichRelease::Other => is_accepted,
     };
-    is_it.then(|| trial.to.clone())
+    is_new.then(|| trial.to.clone())
 }
 
 impl UpgradeSession {
-    /// Begins one; `None`: somebody else still has it after `patience`.
-    pub fn open(home: &Home, patience: Duration) -> Result<Option<UpgradeSession>> {
-        let Some(lock) = lock::take(&home.upgrade_lock(), patience)? else { return Ok(None) };
+    /// Locks and loads the record; `None`: another process still holds the lock after `timeout`.
+    pub fn open(home: &Home, timeout: Duration) -> Result<Option<UpgradeSession>> {
+        let Some(lock) = lock::take(&home.upgrade_lock(), timeout)? else { return Ok(None) };
         Ok(Some(UpgradeSession { home: home.clone(), record: load(home)?, is_recorded: true, _lock: lock }))
     }
 
@@ -101,7 +104,7 @@ impl UpgradeSession {
         &self.record
     }
 
-    /// Begins an upgrade in memory. The first step writes it.
+    /// Begins an upgrade in memory. Its first step writes the record.
     pub fn begin(
         &mut self,
         from: Image,
@@ -114,7 +117,7 @@ impl UpgradeSession {
         Ok(())
     }
 
-    /// Changes the record otherwise than by a step, and writes it.
+    /// Changes the record and writes it; if that fails, the change is undone.
     pub fn change<T>(&mut self, change: impl FnOnce(&mut UpgradeRecord) -> T) -> Result<T> {
         let before = self.record.clone();
         let result = change(&mut self.record);
@@ -127,8 +130,8 @@ impl UpgradeSession {
         Ok(result)
     }
 
-    /// What the disk tells now.
-    pub fn look(&self, programs: &mut Programs) -> Result<Placement> {
+    /// Reads the evidence on disk.
+    pub fn placement(&self, programs: &mut Programs) -> Result<Placement> {
         let home = &self.home;
         let trial = self.record.trial();
         let (executable, backup) = (home.executable(), home.backup_executable());
@@ -154,9 +157,9 @@ impl UpgradeSession {
         })
     }
 
-    /// As [`UpgradeSession::look`], for a decision: what is not of the disk is as if nothing had been observed.
+    /// The evidence on disk for a decision of [`core::upgrade`](crate::core::upgrade); the evidence about the roles is empty.
     pub fn evidence(&self, decider: Decider, programs: &mut Programs) -> Result<Evidence> {
-        let Placement { executable, backup_whole, links, installed, stopped } = self.look(programs)?;
+        let Placement { executable, backup_whole, links, installed, stopped } = self.placement(programs)?;
         Ok(Evidence {
             decider,
             recorded: self.is_recorded,
@@ -178,7 +181,7 @@ impl UpgradeSession {
     fn links(&self) -> Result<RoleLinks> {
         let home = &self.home;
         let all_lead_to = |image: &Path| -> Result<bool> {
-            for name in MOVED {
+            for name in ON_BACKUP {
                 let link = name.path(home);
                 if !platform::points_to(&link, image).with_context(|| format!("cannot read {}", link.display()))? {
                     return Ok(false);
@@ -195,9 +198,9 @@ impl UpgradeSession {
         })
     }
 
-    /// Carries out a step that changes the disk; `false`: it is one of the role's. `staged`: the new executable, for the switch.
+    /// Executes a step that changes the disk; `false`: the step is for a role. `staged`: the new executable, for the switch.
     pub fn carry_out(&mut self, step: UpgradeStep, staged: Option<&Path>) -> Result<bool> {
-        let is_of_the_disk = matches!(
+        let changes_disk = matches!(
             step,
             UpgradeStep::Save
                 | UpgradeStep::Record(_)
@@ -208,16 +211,16 @@ impl UpgradeSession {
                 | UpgradeStep::LinkToExecutable
                 | UpgradeStep::RecordRelease(_)
         );
-        if !is_of_the_disk {
+        if !changes_disk {
             return Ok(false);
         }
         let outcome = self.attempt(step, staged);
         let outcome = match outcome {
-            Err(error) if is_full(&error) && self.give_up_reserve() => self.attempt(step, staged),
+            Err(error) if is_full(&error) && self.release_reserve() => self.attempt(step, staged),
             outcome => outcome,
         };
-        outcome.with_context(|| format!("cannot carry out the step {step:?} of an upgrade"))?;
-        tracing::info!(step = format!("{step:?}"), "a step of the manager's upgrade");
+        outcome.with_context(|| format!("cannot execute the step {step:?} of the manager's upgrade"))?;
+        tracing::info!(step = format!("{step:?}"), "executed a step of the manager's upgrade");
         Ok(true)
     }
 
@@ -231,7 +234,7 @@ impl UpgradeSession {
                 self.reserve()?;
                 self.write()
             }
-            UpgradeStep::Record(change) => self.make(change),
+            UpgradeStep::Record(change) => self.apply(change),
             UpgradeStep::BackUp => {
                 self.change(UpgradeRecord::forget_previous)?;
                 copy(&home, &home.executable(), &home.backup_executable(), CopyMethod::Link)
@@ -239,9 +242,10 @@ impl UpgradeSession {
             UpgradeStep::LinkToBackup => self.point(&home.backup_executable()),
             UpgradeStep::LinkToExecutable => self.point(&home.executable()),
             UpgradeStep::Swap => {
-                let staged = staged.context("the new executable is not there any more")?;
+                let staged = staged.context("the staged executable is missing")?;
                 let next = home.next_executable();
-                fs::rename(staged, &next).with_context(|| format!("cannot move it to {}", next.display()))?;
+                fs::rename(staged, &next)
+                    .with_context(|| format!("cannot move {} to {}", staged.display(), next.display()))?;
                 executable::replace(&home, &next)
             }
             UpgradeStep::Restore => copy(&home, &home.backup_executable(), &home.executable(), CopyMethod::Copy),
@@ -251,17 +255,17 @@ impl UpgradeSession {
     }
 
     fn point(&self, image: &Path) -> Result<()> {
-        executable::point(&self.home, MOVED, image)?;
+        executable::point(&self.home, ON_BACKUP, image)?;
         for directory in [self.home.bin(), self.home.root().to_owned()] {
             platform::sync_directory(&directory).with_context(|| format!("cannot sync {}", directory.display()))?;
         }
         Ok(())
     }
 
-    fn make(&mut self, change: RecordChange) -> Result<()> {
+    fn apply(&mut self, change: RecordChange) -> Result<()> {
         self.change(|record| record.apply_and_keep(change))?;
         if self.record.trial().is_none() {
-            // What a later upgrade sweeps, where it cannot be removed.
+            // A file that cannot be removed is replaced by the next upgrade.
             let _ = store::remove(&self.home.upgrade_reserve());
             let _ = store::remove(&self.home.next_executable());
         }
@@ -273,11 +277,11 @@ impl UpgradeSession {
         let image = if which == WhichRelease::To { &trial.to } else { &trial.from };
         if which == WhichRelease::To {
             Epochs::commit(&self.home, MANAGER_PACKAGE, image.epoch)?;
-            self.take_over_keys(&image.version, &image.brings, &image.revokes);
+            self.apply_keys(&image.version, &image.brings, &image.revokes);
             if let Some(endpoint) = &image.endpoint
                 && let Err(error) = config::moved::keep(&self.home, endpoint)
             {
-                tracing::error!(error = format!("{error:#}"), "the endpoint that the release brings is not kept");
+                tracing::error!(error = format!("{error:#}"), "cannot save the endpoint that the release brings");
             }
         }
         let unknown = ManagerRecord::load(&self.home).ok().flatten().map(|manager| manager.unknown).unwrap_or_default();
@@ -285,21 +289,21 @@ impl UpgradeSession {
         ManagerRecord { version, sha256, epoch, file, unknown }.save(&self.home)
     }
 
-    /// The keys were examined when the release was staged. A failure to take them over is logged, and does not prevent the commit.
-    fn take_over_keys(&self, version: &Version, brings: &[String], revokes: &[String]) {
+    /// Applies the keys of the release, which were checked when it was staged. A failure is logged, and does not prevent the commit.
+    fn apply_keys(&self, version: &Version, brings: &[String], revokes: &[String]) {
         if brings.is_empty() && revokes.is_empty() {
             return;
         }
-        match KeyOffer::of_texts(version, brings, revokes).and_then(|offer| keyring::take_over(&self.home, &offer)) {
-            Ok(remarks) => remarks.iter().for_each(|remark| tracing::warn!(remark, "the trusted keys change")),
-            Err(error) => tracing::error!(error = format!("{error:#}"), "the release's keys are not taken over"),
+        match KeyOffer::of_texts(version, brings, revokes).and_then(|offer| keyring::apply_offer(&self.home, &offer)) {
+            Ok(remarks) => remarks.iter().for_each(|remark| tracing::warn!(remark, "the trusted keys changed")),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "cannot apply the keys of the release"),
         }
     }
 
     fn write(&mut self) -> Result<()> {
         let path = self.home.upgrade_record();
         match store::save(&path, &self.record) {
-            Err(error) if is_full(&error) && self.give_up_reserve() => store::save(&path, &self.record)?,
+            Err(error) if is_full(&error) && self.release_reserve() => store::save(&path, &self.record)?,
             outcome => outcome?,
         }
         self.is_recorded = true;
@@ -309,16 +313,16 @@ impl UpgradeSession {
     fn reserve(&self) -> Result<()> {
         let path = self.home.upgrade_reserve();
         store::replace(&path, &[0xA5; RESERVE_BYTES], Access::Private)
-            .context("there is no room for what an upgrade writes; free some space")
+            .context("not enough disk space for an upgrade; free some space")
     }
 
-    /// Whether there was one.
-    fn give_up_reserve(&self) -> bool {
-        let is_gone = fs::remove_file(self.home.upgrade_reserve()).is_ok();
-        if is_gone {
-            tracing::warn!("the disk is full: the upgrade goes on in the space that was kept for it");
+    /// Releases the reserved space; `false`: there was none.
+    fn release_reserve(&self) -> bool {
+        let is_released = fs::remove_file(self.home.upgrade_reserve()).is_ok();
+        if is_released {
+            tracing::warn!("the disk is full; the upgrade continues in its reserved space");
         }
-        is_gone
+        is_released
     }
 }
 
@@ -332,35 +336,35 @@ fn installed(trial: &Trial, manager: Option<&ManagerRecord>) -> WhichRelease {
     }
 }
 
-/// How a file comes to a second name.
+/// How an executable is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CopyMethod {
-    /// A link where there are any: it takes no space.
+    /// A hard link, which takes no space; a copy if the file system has no hard links.
     Link,
-    /// A copy, so that both can be damaged on their own; a link where there is no room for one.
+    /// A copy, so that damage to one file does not affect the other; a hard link if the disk is full.
     Copy,
 }
 
-/// Puts what `from` is at `to`, in one step that survives a power cut.
-fn copy(home: &Home, from: &Path, to: &Path, copying: CopyMethod) -> Result<()> {
+/// Replaces `to` with a copy of `from`, atomically and synced to disk.
+fn copy(home: &Home, from: &Path, to: &Path, method: CopyMethod) -> Result<()> {
     let next = home.next_executable();
     let attempt = || -> Result<()> {
         store::remove(&next)?;
         let linked = || fs::hard_link(from, &next).map_err(anyhow::Error::from);
-        match copying {
+        match method {
             CopyMethod::Link => linked().or_else(|_| copied(from, &next))?,
             CopyMethod::Copy => copied(from, &next).or_else(|error| {
-                tracing::warn!(error = format!("{error:#}"), "an executable cannot be copied, and is linked");
+                tracing::warn!(error = format!("{error:#}"), "cannot copy an executable; linking it instead");
                 store::remove(&next)?;
                 linked()
             })?,
         }
         platform::replace_executable(&next, to)?;
         platform::sync_directory(&home.bin())?;
-        // Two names of one file stay two when one is renamed to the other.
+        // Renaming a hard link to another link of the same file does nothing.
         store::remove(&next)
     };
-    attempt().with_context(|| format!("cannot put {} at {}", from.display(), to.display()))
+    attempt().with_context(|| format!("cannot replace {} with {}", to.display(), from.display()))
 }
 
 fn copied(from: &Path, to: &Path) -> Result<()> {

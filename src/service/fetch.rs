@@ -1,4 +1,4 @@
-//! The manager's package: which one, from where, fetched into the installation's own directory, and checked.
+//! Chooses the manager's package, downloads it into the work directory of the installation, and verifies it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,21 +19,22 @@ use crate::package::{self, FetchLimits, PackagePaths, PackageRequest, SIGNATURE_
 use crate::platform;
 use crate::uplink;
 
-/// A release of the manager that can be put into place.
+/// A release of the manager that can be installed.
 #[derive(Debug)]
 pub(super) struct FetchedManager {
     pub(super) release: CheckedRelease,
-    /// The certificates of first contacts, with that of this one.
+    /// The pins of first contacts, including that of this installation.
     pub(super) pins: Option<PathBuf>,
 }
 
-/// Downloads, verifies, unpacks, and tries the release that the plan names.
-pub(super) fn fetch(plan: &InstallPlan, site: &InstallRoot) -> Result<FetchedManager> {
-    let places = PackagePaths { cache: site.work().join("cache"), staging: site.work().join("staging") };
-    let pins = first_contact::begin(plan.contact, &plan.home, &site.work())?;
+/// Downloads, verifies and unpacks the release of the plan, and checks that it runs on this host.
+pub(super) fn fetch(plan: &InstallPlan, install_root: &InstallRoot) -> Result<FetchedManager> {
+    let places =
+        PackagePaths { cache: install_root.work().join("cache"), staging: install_root.work().join("staging") };
+    let pins = first_contact::begin(plan.contact, &plan.home, &install_root.work())?;
     let (tree, file) = match &plan.package {
         Some(package) => local(plan, package, &places.staging)?,
-        None => remote(plan, places, &site.work(), pins.as_deref())?,
+        None => remote(plan, places, &install_root.work(), pins.as_deref())?,
     };
     let release = release::check(tree, file)?;
     plan.trusted.ring.examine(&release.offer, &plan.trusted.etc)?;
@@ -46,14 +47,14 @@ fn local(plan: &InstallPlan, path: &Path, staging: &Path) -> Result<(VerifiedTre
     let version = plan.version.clone().unwrap_or_else(|| claimed.version.clone());
     let release = Release { name: manager_package()?, version, os, arch };
     if release != claimed {
-        bail!("cannot use the package {}: it is {claimed}, and {release} is wanted", path.display());
+        bail!("cannot use the package {}: it is {claimed}, expected {release}", path.display());
     }
     progress::say(format_args!("unpacking {release} from {}", path.display()));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted = PackageRequest { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..PackageRequest::new(release) };
-    Ok((package::open_local(path, &wanted, &plan.trusted.keys, staging)?, file))
+    let request = PackageRequest { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..PackageRequest::new(release) };
+    Ok((package::open_local(path, &request, &plan.trusted.keys, staging)?, file))
 }
 
 fn remote(
@@ -64,21 +65,21 @@ fn remote(
 ) -> Result<(VerifiedTree, String)> {
     let trust = trust(plan, work, pins)?;
     if trust == Trust::Insecure {
-        progress::warn("the gateway's certificate is not checked (--insecure)");
+        progress::warn("the gateway's certificate is not verified (--insecure)");
     }
     let endpoints = &plan.config.heartbeat_srv;
     let client = plan.config.client(&trust, &plan.agent_id, Timeouts::exchange())?;
-    let (endpoint, wanted) = first_of(endpoints, |endpoint| choose(plan, &client, endpoint))?;
+    let (endpoint, request) = first_of(endpoints, |endpoint| choose(plan, &client, endpoint))?;
     if let Some(fingerprint) = client.first_contact() {
         first_contact(endpoint, &fingerprint);
     }
 
-    progress::say(format_args!("downloading {} from {endpoint}", wanted.release));
-    // The one that answered first; the others stand in for it.
+    progress::say(format_args!("downloading {} from {endpoint}", request.release));
+    // The endpoint that answered first; the others are fallbacks.
     let mut ordered = vec![endpoint.clone()];
     ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
     let mut download = DownloadDisplay::begin();
-    let file = wanted.file.clone().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
+    let file = request.file.clone().unwrap_or_else(|| request.release.file_name(Packing::TarZst));
     let fetching = Fetching {
         config: &plan.config,
         agent_id: &plan.agent_id,
@@ -88,14 +89,14 @@ fn remote(
         epochs: plan.epochs.clone(),
         places,
     };
-    let tree = fetching.fetch(wanted, &FetchLimits::default(), drop, &mut |done, total| {
+    let tree = fetching.fetch(request, &FetchLimits::default(), drop, &mut |done, total| {
         download.at(done, total);
         true
     })?;
     Ok((tree, file))
 }
 
-/// How the certificate is checked now, when nothing of the home is in place yet.
+/// How the gateway's certificate is verified during the installation, before the home has its files.
 fn trust(plan: &InstallPlan, work: &Path, pins: Option<&Path>) -> Result<Trust> {
     if let Some(pins) = pins {
         return Ok(Trust::FirstContact { pins: pins.to_owned() });
@@ -112,38 +113,38 @@ fn trust(plan: &InstallPlan, work: &Path, pins: Option<&Path>) -> Result<Trust> 
 
 fn first_contact(endpoint: &Endpoint, fingerprint: &Fingerprint) {
     progress::warn(format_args!(
-        "the certificate of {endpoint} is {fingerprint}. Nobody vouched for it: it is accepted because it is the first one seen, and any \
-         other will be refused from now on. Compare it with the gateway's own"
+        "the certificate of {endpoint} ({fingerprint}) is pinned without verification, because this is the first contact; any other \
+         certificate is rejected from now on. Compare the fingerprint with that of the gateway"
     ));
 }
 
-/// Which package is wanted of this endpoint: the version asked for, or its current one.
+/// The package to request from this endpoint: the requested version, or the current one.
 fn choose(plan: &InstallPlan, client: &Client, endpoint: &Endpoint) -> Result<PackageRequest> {
     let (os, arch) = (platform::OS, platform::ARCH);
     let name = manager_package()?;
     let offer = uplink::current_release(client, endpoint, &name, os, arch)?;
     let offered = |offer: protocol::Offer| {
         let release = Release { name: name.clone(), version: offer.version, os, arch };
-        let wanted = PackageRequest::new(release);
-        PackageRequest { file: Some(offer.file), sha256: Some(offer.sha256), size: Some(offer.size), ..wanted }
+        let request = PackageRequest::new(release);
+        PackageRequest { file: Some(offer.file), sha256: Some(offer.sha256), size: Some(offer.size), ..request }
     };
     let version = match (&plan.version, offer) {
         (None, Some(offer)) => return Ok(offered(offer)),
         (Some(version), Some(offer)) if offer.version == *version => return Ok(offered(offer)),
         (Some(version), _) => version.clone(),
         (None, None) => {
-            bail!("{endpoint} names no current version of {name} for {os}/{arch}; publish one there, or say --version")
+            bail!("{endpoint} has no current version of {name} for {os}/{arch}; publish one there, or give --version")
         }
     };
     let release = Release { name, version, os, arch };
-    // An older version, or a gateway that names none: the package may be packed in any way.
+    // A version that is not the current one: its packing is unknown.
     for packing in Packing::ALL {
         let file = release.file_name(*packing);
         let reply = client.get(endpoint, &format!("{DOWNLOAD_PATH}/{file}{SIGNATURE_SUFFIX}"), &[])?;
         match reply.status() {
             200 => return Ok(PackageRequest { file: Some(file), ..PackageRequest::new(release) }),
             404 => {}
-            _ => return Err(reply.refused().context(format!("cannot ask {endpoint} for {file}"))),
+            _ => return Err(reply.refused().context(format!("cannot request {file} from {endpoint}"))),
         }
     }
     bail!(
@@ -151,15 +152,15 @@ fn choose(plan: &InstallPlan, client: &Client, endpoint: &Endpoint) -> Result<Pa
     )
 }
 
-/// The first endpoint with an answer, or what was wrong with each.
+/// The first endpoint with an answer; the error lists the error of each endpoint.
 fn first_of(
     endpoints: &[Endpoint],
-    ask: impl Fn(&Endpoint) -> Result<PackageRequest>,
+    query: impl Fn(&Endpoint) -> Result<PackageRequest>,
 ) -> Result<(&Endpoint, PackageRequest)> {
     let mut failures = Vec::new();
     for endpoint in endpoints {
-        match ask(endpoint) {
-            Ok(wanted) => return Ok((endpoint, wanted)),
+        match query(endpoint) {
+            Ok(request) => return Ok((endpoint, request)),
             Err(error) => failures.push(error),
         }
     }
@@ -168,8 +169,8 @@ fn first_of(
     {
         return Err(failure);
     }
-    let told: Vec<String> = failures.iter().map(|failure| format!("{failure:#}")).collect();
-    bail!("no endpoint has it: {}", told.join("; "))
+    let failures: Vec<String> = failures.iter().map(|failure| format!("{failure:#}")).collect();
+    bail!("no endpoint has the package: {}", failures.join("; "))
 }
 
 fn manager_package() -> Result<AgentName> {

@@ -1,6 +1,7 @@
-//! The first contact with a gateway for whose certificate nobody vouched: when an installation may take whoever answers, and what is kept of it.
+//! Trust on first contact: when an installation may accept an unverified certificate of the gateway, and the pin that it keeps of it.
 //!
-//! A home makes it once. One that made it, and has not kept what it saw, has lost a file, and is told so: it does not begin anew by itself.
+//! A home does this once. If its pins are missing later, a file was lost, which is an error: the next certificate is not accepted
+//! automatically.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,48 +13,48 @@ use crate::endpoint::expect_first_contact;
 use crate::home::Home;
 use crate::installation::Epochs;
 
-/// How an installation stands to the first contact that it trusts.
+/// Whether the first contact has happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FirstContact {
-    /// It was made; what was seen is in the home.
+    /// Yes; its pins are in the home.
     Made,
-    /// It is to come.
-    ToCome,
+    /// Not yet.
+    Pending,
 }
 
-/// `None` where certificates are checked in any other way. `keeps`: of the home that stands, all is kept.
+/// `None` if certificates are verified in any other way. `keeps`: whether the state of an existing installation is kept.
 pub(super) fn of(home: &Home, keeps: bool, certificate: &CertificateCheck) -> Result<Option<FirstContact>> {
     if *certificate != CertificateCheck::FirstContact {
         return Ok(None);
     }
     if !keeps {
-        return Ok(Some(FirstContact::ToCome));
+        return Ok(Some(FirstContact::Pending));
     }
     let pins = home.pins();
     if pins.is_file() {
         return Ok(Some(FirstContact::Made));
     }
-    // A home that has heard from its gateway has seen a certificate; and since pins are expected, every installation has left some.
+    // A home with a desired state has been in contact with its gateway. Newer versions create the file with every installation.
     if home.desired().exists() || Epochs::load(home)?.expects_pins() {
         bail!(
-            "cannot tell the gateway's certificate from that of somebody in between: {} is missing, which says what it was at the first \
-             contact; bring it back from a backup, or compare the certificate with the gateway's operator and give it with `--pin SHA256`, \
-             or, to accept whoever answers next, write {{}} into that file",
+            "cannot verify the gateway's certificate: {} is missing, which holds the pin of the first contact; restore the file \
+             from a backup, or get the certificate's fingerprint from the gateway's operator and give it with `--pin SHA256`, or, to accept \
+             the next certificate unverified, write {{}} into that file",
             pins.display()
         );
     }
-    Ok(Some(FirstContact::ToCome))
+    Ok(Some(FirstContact::Pending))
 }
 
-/// The pins that this installation goes by and adds to, in its own directory; `None` where it needs none.
+/// The file of pins that this installation verifies by and adds to, in its work directory; `None`: it needs none.
 pub(super) fn begin(contact: Option<FirstContact>, home: &Home, work: &Path) -> Result<Option<PathBuf>> {
     let path = work.join("pins.json");
     match contact {
         None => return Ok(None),
-        Some(FirstContact::ToCome) => expect_first_contact(&path)?,
+        Some(FirstContact::Pending) => expect_first_contact(&path)?,
         Some(FirstContact::Made) => {
-            let standing = home.pins();
-            fs::copy(&standing, &path).with_context(|| format!("cannot copy {}", standing.display()))?;
+            let pins = home.pins();
+            fs::copy(&pins, &path).with_context(|| format!("cannot copy {}", pins.display()))?;
         }
     }
     Ok(Some(path))
@@ -72,18 +73,18 @@ mod tests {
     }
 
     #[test]
-    fn a_first_contact_is_made_once() {
+    fn a_first_contact_is_trusted_once() {
         let first = CertificateCheck::FirstContact;
-        // Of an older version, which an offline installation left without any pins.
+        // An offline installation of an older version, which creates no pins.
         let (_directory, older) = home(r#"{"epochs":{}}"#);
-        assert_eq!(of(&older, true, &first).unwrap(), Some(FirstContact::ToCome));
+        assert_eq!(of(&older, true, &first).unwrap(), Some(FirstContact::Pending));
         fs::write(older.desired(), "{}").unwrap();
         let error = of(&older, true, &first).unwrap_err().to_string();
         for words in ["pins.json is missing", "backup", "--pin SHA256", "write {} into that file"] {
             assert!(error.contains(words), "{error}");
         }
-        // One that is made anew, or checks certificates in another way, need not have any.
-        assert_eq!(of(&older, false, &first).unwrap(), Some(FirstContact::ToCome));
+        // A new installation, or one that verifies certificates in a different way, needs no pins.
+        assert_eq!(of(&older, false, &first).unwrap(), Some(FirstContact::Pending));
         assert_eq!(of(&older, true, &CertificateCheck::System).unwrap(), None);
         let (_directory, newer) = home(r#"{"epochs":{},"form":1}"#);
         assert!(of(&newer, true, &first).is_err());

@@ -1,4 +1,4 @@
-//! Where an installation may be: which directory is the home, and whether it can be one. Nothing of somebody else's is taken for ours.
+//! Selects the home of an installation and checks that it can be one: a system directory, or one with foreign files, is rejected.
 
 use std::fs;
 use std::path::{Component, Path};
@@ -12,11 +12,11 @@ use crate::home::Home;
 use crate::host_service::product::{self, Product};
 use crate::installation::{self, InstallRecord};
 
-/// In the root of a file system that a home may have to itself.
+/// In the root directory of a file system, which may be the home.
 const LOST_AND_FOUND: &str = "lost+found";
 
-/// Directories that belong to the system: an installation removes what it replaces, and at last its home.
-const NO_HOMES: &[&str] = &[
+/// Directories of the system. They cannot be a home, because an uninstallation removes its home.
+const SYSTEM_DIRECTORIES: &[&str] = &[
     "/bin",
     "/boot",
     "/dev",
@@ -48,34 +48,33 @@ const NO_HOMES: &[&str] = &[
     "/var/tmp",
 ];
 
-/// The product and the home, which must be a place that can be one.
-pub(super) fn home(options: &InstallOptions, surroundings: &ProcessContext) -> Result<(Home, Product)> {
-    let told = options.product.as_deref().or(surroundings.product.as_deref());
-    let product = product::choose(told).map_err(|error| UsageError(format!("{error:#}")))?;
-    let home = match (&options.home, &surroundings.home) {
+/// Selects the home and the product; fails if the directory cannot be a home.
+pub(super) fn home(options: &InstallOptions, context: &ProcessContext) -> Result<(Home, Product)> {
+    let given = options.product.as_deref().or(context.product.as_deref());
+    let product = product::choose(given).map_err(|error| UsageError(format!("{error:#}")))?;
+    let home = match (&options.home, &context.home) {
         (Some(path), _) => {
-            let path =
-                std::path::absolute(path).with_context(|| format!("cannot take {} as a home", path.display()))?;
-            fit_for_a_home(&path)?;
+            let path = std::path::absolute(path).with_context(|| format!("cannot use {} as a home", path.display()))?;
+            check_path(&path)?;
             Home::new(path)
         }
         (None, Some(home)) => home.clone(),
         (None, None) => Home::new(product.home()),
     };
-    fit_for_a_home(home.root())?;
-    foreign(&home, &surroundings.executable)?;
-    match told {
+    check_path(home.root())?;
+    check_contents(&home, &context.executable)?;
+    match given {
         None if !options.fresh => {
-            let product = standing_product(&home)?.unwrap_or(product);
+            let product = existing_product(&home)?.unwrap_or(product);
             Ok((home, product))
         }
         _ => Ok((home, product)),
     }
 }
 
-/// Of the product that an installation was told that stands there, its settings say more than its records. `None`: it was told none.
-fn standing_product(home: &Home) -> Result<Option<Product>> {
-    // What is wrong with either is told where it is looked at as a whole.
+/// The product of the existing installation: of its settings, else of its record. `None`: it has none.
+fn existing_product(home: &Home) -> Result<Option<Product>> {
+    // Errors of either file are reported by the preflight checks.
     let set = Config::read_strictly(home).ok().flatten().and_then(|config| config.product);
     if let Some(name) = set {
         let path = home.config();
@@ -87,24 +86,24 @@ fn standing_product(home: &Home) -> Result<Option<Product>> {
     Ok(recorded.filter(|name| !name.is_empty()).and_then(|name| product::choose(Some(&name)).ok()))
 }
 
-fn fit_for_a_home(root: &Path) -> Result<()> {
+fn check_path(root: &Path) -> Result<()> {
     let shown = root.display();
-    let Some(text) = root.to_str() else { bail!("cannot take {shown} as a home: the path is not UTF-8") };
+    let Some(text) = root.to_str() else { bail!("cannot use {shown} as a home: the path is not UTF-8") };
     if text.chars().any(char::is_control) {
-        bail!("cannot take {text:?} as a home: the path has a control character");
+        bail!("cannot use {text:?} as a home: the path has a control character");
     }
     if !root.is_absolute() || root.components().any(|component| component == Component::ParentDir) {
-        bail!("cannot take {shown} as a home: expected an absolute path without ..");
+        bail!("cannot use {shown} as a home: expected an absolute path without ..");
     }
-    if root.parent().is_none() || NO_HOMES.iter().any(|taken| Path::new(taken) == root) {
-        bail!("cannot take {shown} as a home: it belongs to the system; choose a directory of its own");
+    if root.parent().is_none() || SYSTEM_DIRECTORIES.iter().any(|taken| Path::new(taken) == root) {
+        bail!("cannot use {shown} as a home: it belongs to the system; choose a directory of its own");
     }
     Ok(())
 }
 
-/// Refuses a directory that holds something else.
-fn foreign(home: &Home, executable: &Path) -> Result<()> {
-    // One that was killed at work there had looked before it began: what lies there is its own.
+/// Rejects a directory with files that are not of an installation.
+fn check_contents(home: &Home, executable: &Path) -> Result<()> {
+    // A killed installation had passed this check: the files are its own.
     if installation::exists(home)
         || legacy::is_old(home)
         || home.install_work().symlink_metadata().is_ok_and(|found| found.is_dir())
@@ -116,24 +115,24 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
             bail!(
-                "cannot install into {}: a file is in the way; remove it, or choose another --home",
+                "cannot install into {}: a file of this name exists; remove it, or choose another --home",
                 home.root().display()
             )
         }
-        Err(error) => return Err(error).with_context(|| format!("cannot look into {}", home.root().display())),
+        Err(error) => return Err(error).with_context(|| format!("cannot list {}", home.root().display())),
     };
     for entry in entries {
-        let entry = entry.with_context(|| format!("cannot look into {}", home.root().display()))?;
+        let entry = entry.with_context(|| format!("cannot list {}", home.root().display()))?;
         let path = entry.path();
-        if path != executable && path != home.install_work() && !is_left_by_us(home, &path) {
+        if path != executable && path != home.install_work() && !is_leftover(home, &path) {
             let root = home.root().display();
             let old = format!(
-                "; an old installation, which would be replaced as a whole, has at least two of these: {}. To take over settings and \
-                 agent id alone, give another --home and --import {root}",
-                legacy::MARKS
+                "; an old installation, which would be replaced completely, has at least two of these: {}. To take over only its \
+                 settings and agent id, give another --home and --import {root}",
+                legacy::MARKERS
             );
             bail!(
-                "cannot install into {root}: it holds {}, and no installation; choose another --home, or empty it{}",
+                "cannot install into {root}: it contains {} and no installation; choose another --home, or empty it{}",
                 entry.file_name().display(),
                 if legacy::is_perhaps_old(home) { &old } else { "" }
             );
@@ -142,8 +141,9 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `run/` with nothing but the lock in it: an installation was killed at its beginning, or is there. Or what a file system has of its own.
-fn is_left_by_us(home: &Home, path: &Path) -> bool {
+/// Whether a path is `run/` with nothing but the lock in it, of an installation that was killed early or is in progress, or an empty
+/// `lost+found`.
+fn is_leftover(home: &Home, path: &Path) -> bool {
     let is_lock = |entry: std::io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() == home.install_lock());
     let only_lock = |mut entries: fs::ReadDir| entries.all(is_lock);
     let is_empty = |path: &Path| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
@@ -158,37 +158,37 @@ mod tests {
     #[test]
     fn a_home_is_a_directory_of_its_own() {
         for bad in ["/", "/opt", "/usr/local", "/srv/../etc", "relative", "/srv/a\nb"] {
-            assert!(fit_for_a_home(Path::new(bad)).is_err(), "{bad:?}");
+            assert!(check_path(Path::new(bad)).is_err(), "{bad:?}");
         }
         for good in ["/opt/aops", "/srv/my home", "/home/somebody/aops"] {
-            assert!(fit_for_a_home(Path::new(good)).is_ok(), "{good:?}");
+            assert!(check_path(Path::new(good)).is_ok(), "{good:?}");
         }
     }
 
     #[test]
-    fn a_directory_with_something_else_in_it_is_refused() {
+    fn a_directory_with_foreign_files_is_rejected() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         let bootstrap = directory.path().join("aops-agent-service");
         fs::write(&bootstrap, "").unwrap();
         fs::create_dir(home.run()).unwrap();
         fs::write(home.install_lock(), "").unwrap();
-        foreign(&home, &bootstrap).unwrap();
-        // What a file system of its own has in it, as long as nothing was found.
+        check_contents(&home, &bootstrap).unwrap();
+        // The root directory of a file system has an empty one.
         fs::create_dir(directory.path().join("lost+found")).unwrap();
-        foreign(&home, &bootstrap).unwrap();
+        check_contents(&home, &bootstrap).unwrap();
         fs::write(home.run().join("x"), "").unwrap();
-        assert!(foreign(&home, &bootstrap).is_err());
+        assert!(check_contents(&home, &bootstrap).is_err());
         fs::remove_file(home.run().join("x")).unwrap();
         fs::write(directory.path().join("photo"), "").unwrap();
-        let error = foreign(&home, &bootstrap).unwrap_err().to_string();
-        assert!(error.contains("holds photo"), "{error}");
-        // What others have too does not make it an old installation, which would be removed.
+        let error = check_contents(&home, &bootstrap).unwrap_err().to_string();
+        assert!(error.contains("contains photo"), "{error}");
+        // One marker, which other products have too, does not make it an old installation, which would be removed.
         fs::write(directory.path().join("agentId"), "1").unwrap();
-        let error = foreign(&home, &bootstrap).unwrap_err().to_string();
+        let error = check_contents(&home, &bootstrap).unwrap_err().to_string();
         assert!(error.contains("at least two of these") && error.contains("--import"), "{error}");
         fs::create_dir(home.etc()).unwrap();
         fs::write(home.etc().join("conf.yml"), "heartbeatSrv: https://old:1\n").unwrap();
-        foreign(&home, &bootstrap).unwrap();
+        check_contents(&home, &bootstrap).unwrap();
     }
 }

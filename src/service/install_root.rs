@@ -1,6 +1,6 @@
-//! The place where an installation is at work: its lock, its own directory, and the directories that it had to make.
+//! The home during an installation: the lock, the work directory, and the directories that were created.
 //!
-//! Dropped without [`InstallRoot::keep`], it leaves nothing behind that was not there before.
+//! If it is dropped without [`InstallRoot::commit`], everything that was created is removed.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -16,45 +16,46 @@ use crate::lock::{self, LockGuard};
 use crate::platform::{self, ExpectedPath};
 use crate::store;
 
-/// A holder that has just died may be seen a moment longer.
+/// Timeout for the lock. The lock of a process that has just died may be held a moment longer.
 const LOCK_DEADLINE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct InstallRoot {
     home: Home,
-    /// What was made, parents first.
+    /// The created directories, parents first.
     created: Vec<PathBuf>,
     lock: Option<LockGuard>,
-    kept: bool,
-    /// An installation was killed here before it was whole.
+    committed: bool,
+    /// An earlier installation was killed here before it was complete.
     resumes: bool,
 }
 
 impl InstallRoot {
-    /// Takes the lock of the home, which is made where it is not there. Nothing is touched where somebody else could change what is found
-    /// there, or lead elsewhere what is done there.
+    /// Creates the home if it does not exist, and takes its lock. Rejects a home that other users can change, before anything in it is
+    /// touched.
     pub(super) fn open(home: &Home) -> Result<InstallRoot> {
-        let mut site = InstallRoot { home: home.clone(), created: Vec::new(), lock: None, kept: false, resumes: false };
-        sound(home)?;
-        site.make(home.root(), 0o755)?;
-        site.make(&home.run(), 0o700)?;
-        // What came there in between was made by us, or by whoever may.
-        sound(home)?;
-        site.lock = lock::take(&home.install_lock(), LOCK_DEADLINE)?;
-        if site.lock.is_none() {
-            bail!("another installation is at work there; wait until it has ended");
+        let mut install_root =
+            InstallRoot { home: home.clone(), created: Vec::new(), lock: None, committed: false, resumes: false };
+        check_permissions(home)?;
+        install_root.create_directory(home.root(), 0o755)?;
+        install_root.create_directory(&home.run(), 0o700)?;
+        // Again: the directories may have been created by another process meanwhile.
+        check_permissions(home)?;
+        install_root.lock = lock::take(&home.install_lock(), LOCK_DEADLINE)?;
+        if install_root.lock.is_none() {
+            bail!("another installation is in progress in {}; wait until it has finished", home.root().display());
         }
-        site.sweep()?;
-        site.make(&site.work(), 0o700)?;
-        sound(home)?;
-        Ok(site)
+        install_root.sweep()?;
+        install_root.create_directory(&install_root.work(), 0o700)?;
+        check_permissions(home)?;
+        Ok(install_root)
     }
 
-    /// Where nothing stands, notes what is made here, also what will be, for the one that comes after a kill; what an interrupted one noted
-    /// is ours now.
-    pub(super) fn note(&mut self) -> Result<()> {
+    /// For a first installation, records the directories that it creates, so that the next run can remove them if this one is killed.
+    /// Takes over the record of a killed run.
+    pub(super) fn record_created(&mut self) -> Result<()> {
         let stands = installation::exists(&self.home) || legacy::is_old(&self.home) || legacy::is_any_aside(&self.home);
-        if stands && !is_half_made(&self.home) {
+        if stands && !is_incomplete(&self.home) {
             return store::remove(&self.home.install_made());
         }
         match store::load::<Vec<PathBuf>>(&self.home.install_made())? {
@@ -73,14 +74,14 @@ impl InstallRoot {
         }
     }
 
-    /// Removes what an installation that was killed left in its directory, but for what it had set aside, its note, and what one that failed
-    /// could not put back.
+    /// Removes what a killed installation left in the work directory, except for what it had set aside, its record of created directories,
+    /// and what could not be restored.
     fn sweep(&self) -> Result<()> {
         let work = self.work();
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if legacy::is_aside(&self.home, &path) || path == self.home.install_made() || undo::is_kept(&path) {
+            if legacy::is_aside(&self.home, &path) || path == self.home.install_made() || undo::is_retained(&path) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
@@ -88,20 +89,20 @@ impl InstallRoot {
         Ok(())
     }
 
-    /// The directory for what is needed meanwhile, on the home's own file system.
+    /// The work directory of an installation, on the home's file system.
     pub(super) fn work(&self) -> PathBuf {
         self.home.install_work()
     }
 
-    /// Makes a directory and its parents, where they are not there, and remembers that.
-    pub(super) fn make(&mut self, path: &Path, mode: u32) -> Result<()> {
+    /// Creates a directory and its parents if they do not exist, and records them as created.
+    pub(super) fn create_directory(&mut self, path: &Path, mode: u32) -> Result<()> {
         let missing: Vec<&Path> = path.ancestors().take_while(|path| path.symlink_metadata().is_err()).collect();
         for directory in missing.into_iter().rev() {
             match fs::create_dir(directory) {
                 Ok(()) => self.created.push(directory.to_owned()),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => {
-                    return Err(error).with_context(|| format!("cannot make the directory {}", directory.display()));
+                    return Err(error).with_context(|| format!("cannot create the directory {}", directory.display()));
                 }
             }
             let mode = if directory == path { mode } else { 0o755 };
@@ -109,70 +110,70 @@ impl InstallRoot {
                 .with_context(|| format!("cannot set the mode of {}", directory.display()))?;
         }
         if !path.is_dir() {
-            bail!("cannot make the directory {}: a file is in the way", path.display());
+            bail!("cannot create the directory {}: a file of this name exists; remove it", path.display());
         }
         Ok(())
     }
 
-    /// The directories that were made for the home: itself and what leads there, parents first.
+    /// The created directories that are the home or above it, parents first.
     pub(super) fn created_for_home(&self) -> Vec<PathBuf> {
         self.created.iter().filter(|path| self.home.root().starts_with(path)).cloned().collect()
     }
 
-    /// What stands in the home is another's again: it is not taken for what was made.
+    /// Drops the created directories inside the home: the restored installation owns them again.
     pub(super) fn forget_inside(&mut self) {
         let (root, run) = (self.home.root().to_owned(), self.home.run());
         self.created.retain(|path| *path == run || root.starts_with(path));
     }
 
-    /// Nothing of what was made is taken away again.
+    /// Drops the record of all created directories: none is removed.
     pub(super) fn forget_all(&mut self) {
         self.created.clear();
     }
 
-    /// What was made stays, whatever becomes of the rest.
-    pub(super) fn stay(&mut self) {
-        self.kept = true;
+    /// Keeps what was created, even if the installation fails.
+    pub(super) fn keep_created(&mut self) {
+        self.committed = true;
     }
 
-    /// What was made stays; only the lock and the directory for the time between go.
-    pub(super) fn keep(mut self) {
-        self.stay();
+    /// Commits: keeps what was created, and removes the lock and the work directory.
+    pub(super) fn commit(mut self) {
+        self.keep_created();
     }
 }
 
-/// Refuses a home, or an older installation in it, that cannot be relied on.
-pub(super) fn sound(home: &Home) -> Result<()> {
+/// Rejects a home that other users can change, also the files that an installation reads or runs there.
+pub(super) fn check_permissions(home: &Home) -> Result<()> {
     let work = home.install_work();
     let made = (home.install_made(), ExpectedPath::File);
     let script = legacy::script(home).map(|script| (script, ExpectedPath::File));
     let also: Vec<_> = [(work, ExpectedPath::Directory), made].into_iter().chain(script).collect();
-    permissions::grounds(home, &also)
+    permissions::install_paths(home, &also)
 }
 
-/// Whether an installation was killed here before it was whole, where nothing had stood.
-pub(super) fn is_half_made(home: &Home) -> bool {
+/// Whether a first installation was killed here before it was complete.
+pub(super) fn is_incomplete(home: &Home) -> bool {
     let is_there = |path: PathBuf| path.symlink_metadata().is_ok();
     is_there(home.install_made()) && !is_there(home.install_record())
 }
 
-/// What that one had made, or was about to.
-pub(super) fn half_made(home: &Home) -> Vec<PathBuf> {
+/// The directories that this one had created or was about to create.
+pub(super) fn recorded_directories(home: &Home) -> Vec<PathBuf> {
     store::load(&home.install_made()).ok().flatten().unwrap_or_default()
 }
 
 impl Drop for InstallRoot {
     fn drop(&mut self) {
-        // What was set aside and not brought back is all there is of it, and so is what could not be put back.
-        let keeps_work = legacy::is_any_aside(&self.home) || (!self.kept && undo::is_any_kept(&self.work()));
+        // What was set aside and not restored exists nowhere else.
+        let keeps_work = legacy::is_any_aside(&self.home) || (!self.committed && undo::has_retained(&self.work()));
         if self.lock.is_some() {
             if !keeps_work {
                 let _ = store::remove_tree(&self.work());
             }
-            // Still held: whoever waits for it sees that the file is another's.
+            // Removed while it is held: a waiting process then sees that its file is no longer the lock.
             let _ = store::remove(&self.home.install_lock());
         }
-        if self.kept {
+        if self.committed {
             return;
         }
         if self.resumes && self.home.control_link().is_symlink() {
@@ -180,7 +181,7 @@ impl Drop for InstallRoot {
         }
         let work = self.work();
         for path in self.created.iter().rev().filter(|path| !(keeps_work && **path == work)) {
-            // Without the lock, what lies inside is somebody else's.
+            // Without the lock, the files inside belong to another process.
             if self.lock.is_some() && path.starts_with(self.home.root()) && path != self.home.root() {
                 let _ = store::remove_tree(path);
             } else {
@@ -195,78 +196,78 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_one_that_was_killed_had_made_is_the_next_ones() {
+    fn the_next_run_takes_over_what_a_killed_installation_created() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("made/home"));
         let killed = || {
-            let mut site = InstallRoot::open(&home).unwrap();
-            site.note().unwrap();
+            let mut install_root = InstallRoot::open(&home).unwrap();
+            install_root.record_created().unwrap();
             for (path, mode) in home.directories() {
-                site.make(&path, mode).unwrap();
+                install_root.create_directory(&path, mode).unwrap();
             }
-            // As far as it may come without its last record.
+            // Everything except for the last record.
             for path in [home.agent_id(), home.executable(), home.role_link("aops-spm")] {
                 fs::write(path, "1").unwrap();
             }
             platform::replace_link(Path::new("bin/aops"), &home.control_link()).unwrap();
-            site.lock = None;
-            std::mem::forget(site);
+            install_root.lock = None;
+            std::mem::forget(install_root);
         };
         killed();
-        assert!(is_half_made(&home) && installation::exists(&home) && !legacy::is_old(&home));
+        assert!(is_incomplete(&home) && installation::exists(&home) && !legacy::is_old(&home));
         killed();
-        let mut site = InstallRoot::open(&home).unwrap();
-        site.note().unwrap();
-        assert_eq!(site.created_for_home(), [directory.path().join("made"), home.root().to_owned()]);
-        drop(site);
+        let mut install_root = InstallRoot::open(&home).unwrap();
+        install_root.record_created().unwrap();
+        assert_eq!(install_root.created_for_home(), [directory.path().join("made"), home.root().to_owned()]);
+        drop(install_root);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[test]
-    fn what_stands_is_not_taken_for_half_made() {
+    fn an_existing_installation_is_not_incomplete() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         fs::write(directory.path().join("agentId"), "1").unwrap();
         fs::create_dir(home.etc()).unwrap();
         fs::write(home.etc().join("conf.yml"), "heartbeatSrv: https://old:1\n").unwrap();
         for _ in 0..2 {
-            let mut site = InstallRoot::open(&home).unwrap();
-            site.note().unwrap();
-            site.lock = None;
-            std::mem::forget(site);
-            assert!(!is_half_made(&home) && legacy::is_old(&home));
+            let mut install_root = InstallRoot::open(&home).unwrap();
+            install_root.record_created().unwrap();
+            install_root.lock = None;
+            std::mem::forget(install_root);
+            assert!(!is_incomplete(&home) && legacy::is_old(&home));
         }
     }
 
     #[test]
-    fn what_was_not_kept_leaves_nothing_behind() {
+    fn a_dropped_installation_leaves_nothing_behind() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("a/b/home"));
-        let site = InstallRoot::open(&home).unwrap();
-        fs::write(site.work().join("x"), "x").unwrap();
-        let created = site.created_for_home();
+        let install_root = InstallRoot::open(&home).unwrap();
+        fs::write(install_root.work().join("x"), "x").unwrap();
+        let created = install_root.created_for_home();
         assert_eq!(created, ["a", "a/b", "a/b/home"].map(|path| directory.path().join(path)));
-        drop(site);
+        drop(install_root);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[test]
-    fn what_could_not_be_put_back_stays_until_an_installation_succeeds() {
+    fn files_that_cannot_be_restored_are_retained_until_an_installation_succeeds() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("home"));
-        let site = InstallRoot::open(&home).unwrap();
-        let kept = site.work().join("kept-1");
-        fs::create_dir(&kept).unwrap();
-        drop(site);
-        assert!(kept.is_dir());
+        let install_root = InstallRoot::open(&home).unwrap();
+        let retained = install_root.work().join("kept-1");
+        fs::create_dir(&retained).unwrap();
+        drop(install_root);
+        assert!(retained.is_dir());
         drop(InstallRoot::open(&home).unwrap());
-        assert!(kept.is_dir());
-        InstallRoot::open(&home).unwrap().keep();
-        assert!(!kept.exists() && !home.install_work().exists());
+        assert!(retained.is_dir());
+        InstallRoot::open(&home).unwrap().commit();
+        assert!(!retained.exists() && !home.install_work().exists());
     }
 
     #[test]
-    fn what_was_there_before_stays_and_what_was_kept_too() {
+    fn existing_directories_and_committed_ones_are_kept() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         fs::create_dir(home.run()).unwrap();
@@ -274,14 +275,14 @@ mod tests {
         drop(InstallRoot::open(&home).unwrap());
         assert!(home.run().join("x").exists() && !home.install_lock().exists() && !home.install_work().exists());
 
-        let mut site = InstallRoot::open(&home).unwrap();
-        site.make(&home.bin(), 0o755).unwrap();
-        site.keep();
+        let mut install_root = InstallRoot::open(&home).unwrap();
+        install_root.create_directory(&home.bin(), 0o755).unwrap();
+        install_root.commit();
         assert!(home.bin().is_dir() && !home.install_work().exists());
     }
 
     #[test]
-    fn a_second_one_is_kept_out_and_harms_nothing() {
+    fn a_concurrent_installation_is_rejected_and_changes_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("home"));
         let first = InstallRoot::open(&home).unwrap();
@@ -293,10 +294,10 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_the_way_is_told() {
+    fn a_file_instead_of_a_directory_is_reported() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("file"), "").unwrap();
-        for (path, words) in [("file", "it is not a directory"), ("file/home", "cannot make the directory")] {
+        for (path, words) in [("file", "it is not a directory"), ("file/home", "cannot create the directory")] {
             let error = format!("{:#}", InstallRoot::open(&Home::new(directory.path().join(path))).unwrap_err());
             assert!(error.contains(words), "{error}");
         }

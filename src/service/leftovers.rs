@@ -1,4 +1,5 @@
-//! Processes whose executable lies below a directory: the old system's, which nobody else knows, and what should have ended.
+//! Finds and stops the processes whose executable is below a directory: those of the old system, which has no records, and those that are
+//! still running after a stop.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,12 +10,12 @@ use crate::core::manifest::StopSignal;
 use crate::platform;
 
 /// From the stop signal to the kill.
-const GRACE: Duration = Duration::from_secs(10);
-/// From the kill to giving up.
-const LAST: Duration = Duration::from_secs(5);
-const LOOK: Duration = Duration::from_millis(50);
+const GRACE_PERIOD: Duration = Duration::from_secs(10);
+/// From the kill to the error.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// One that runs from below a directory.
+/// A process whose executable is below a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LeftoverProcess {
     pub(super) pid: u32,
@@ -22,44 +23,44 @@ pub(super) struct LeftoverProcess {
     pub(super) executable: PathBuf,
 }
 
-/// Who runs from below `root`, ourselves excepted.
+/// The processes whose executable is below `root`, without this one.
 pub(super) fn running_from(root: &Path) -> Vec<LeftoverProcess> {
     let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
     let own = std::process::id();
     platform::processes(&root)
         .into_iter()
-        .filter(|seen| seen.pid != own)
-        .filter_map(|seen| {
-            let executable = platform::executable_of(seen.pid).filter(|path| path.starts_with(&root))?;
-            Some(LeftoverProcess { pid: seen.pid, start_time: seen.start_time, executable })
+        .filter(|process| process.pid != own)
+        .filter_map(|process| {
+            let executable = platform::executable_of(process.pid).filter(|path| path.starts_with(&root))?;
+            Some(LeftoverProcess { pid: process.pid, start_time: process.start_time, executable })
         })
         .collect()
 }
 
-/// Ends all who run from below `root`: by the stop signal, then by the kill.
-pub(super) fn end_running_from(root: &Path) -> Result<()> {
-    for (signal, patience) in [(StopSignal::Term, GRACE), (StopSignal::Kill, LAST)] {
+/// Stops the processes whose executable is below `root`: with the stop signal, and with a kill after the grace period.
+pub(super) fn stop_running_from(root: &Path) -> Result<()> {
+    for (signal, timeout) in [(StopSignal::Term, GRACE_PERIOD), (StopSignal::Kill, KILL_TIMEOUT)] {
         let started = Instant::now();
-        let mut told: Vec<LeftoverProcess> = Vec::new();
+        let mut signalled: Vec<LeftoverProcess> = Vec::new();
         loop {
             let running = running_from(root);
             if running.is_empty() {
                 return Ok(());
             }
-            if started.elapsed() >= patience {
+            if started.elapsed() >= timeout {
                 break;
             }
-            // Others may have been started meanwhile; each is told once.
-            for process in running.into_iter().filter(|process| !told.contains(process)).collect::<Vec<_>>() {
+            // New processes may have been started meanwhile; each gets the signal once.
+            for process in running.into_iter().filter(|process| !signalled.contains(process)).collect::<Vec<_>>() {
                 platform::signal(process.pid, process.start_time, signal)?;
-                told.push(process);
+                signalled.push(process);
             }
-            platform::pause(LOOK);
+            platform::pause(POLL_INTERVAL);
         }
     }
     let left: Vec<String> = running_from(root)
         .iter()
         .map(|process| format!("{} ({})", process.pid, process.executable.display()))
         .collect();
-    bail!("cannot end the processes {}", left.join(", "))
+    bail!("cannot stop the processes {}", left.join(", "))
 }

@@ -1,18 +1,18 @@
-//! The command line of the old system, whose platform prints it and whose scripts use it:
+//! The command line of the old system, which its platform prints and scripts use:
 //! `aops-agent-service-linux-amd64 --control install --version V --agentId ID --endpoint URL`.
 //!
-//! It is translated, word for word, into the verbs of `aops service`, which then say what is wrong with it. Its users fetch the executable
-//! with `curl -k`: they have no means to check a certificate, so the one of the first contact is pinned. It never asked before it
-//! uninstalled, so the translation does not either.
+//! It is translated to the subcommands and options of `aops service`, which report any other error in it. Its users download the
+//! executable with `curl -k` and cannot verify a certificate, so an installation pins that of the first contact. The old `uninstall` did
+//! not ask for confirmation, so the translation passes `--yes`.
 
 use std::ffi::{OsStr, OsString};
 
-/// What `--control` takes.
+/// The values of `--control`.
 const VERBS: &str = "install, uninstall, start, stop, restart or status";
 
-/// `args` (without the program's name) in the words of `aops service`, where they are in the old spelling; `None` where they are not. The
-/// error is one of usage.
-pub fn old_spelling(args: &[OsString]) -> Option<Result<Vec<OsString>, String>> {
+/// Translates `args`, without the program's name, to arguments of `aops service`; `None`: they are not in the old spelling. The error is a
+/// usage error.
+pub fn from_old_arguments(args: &[OsString]) -> Option<Result<Vec<OsString>, String>> {
     args.iter().any(|arg| option(arg).is_some_and(|(name, _)| name == "control")).then(|| translate(args))
 }
 
@@ -39,13 +39,13 @@ fn translate(args: &[OsString]) -> Result<Vec<OsString>, String> {
         };
         let value = match inline {
             Some(value) => Some(value),
-            // What looks like the next option is none's value.
+            // The next option is not a value.
             None if args.as_slice().first().is_some_and(|next| option(next).is_none()) => args.next().cloned(),
             None => None,
         };
         let value = value.filter(|value| !value.is_empty());
         match (new, value) {
-            (None, Some(_)) if verb.is_some() => return Err("--control can be given once only".to_owned()),
+            (None, Some(_)) if verb.is_some() => return Err("--control can be given only once".to_owned()),
             (None, Some(value)) => verb = Some(value.to_string_lossy().into_owned()),
             (None, None) => return Err(format!("--control needs a value: {VERBS}")),
             (Some(new), Some(value)) => rest.extend([new.into(), value]),
@@ -57,17 +57,17 @@ fn translate(args: &[OsString]) -> Result<Vec<OsString>, String> {
         "install" if !trust_given => vec!["install".into(), "--pin-first-contact".into()],
         "uninstall" => vec!["uninstall".into(), "--yes".into()],
         "install" | "start" | "stop" | "restart" | "status" => vec![verb.clone().into()],
-        other => return Err(format!("cannot take {other:?} as the value of --control: expected {VERBS}")),
+        other => return Err(format!("invalid value {other:?} for --control: expected {VERBS}")),
     };
     if verb != "install" {
-        without_identity(&mut rest);
+        remove_install_options(&mut rest);
     }
     new.extend(rest);
     Ok(new)
 }
 
-/// Scripts give the same options to every verb; those of an installation mean nothing to the others.
-fn without_identity(rest: &mut Vec<OsString>) {
+/// Removes the options of `install`: scripts give the same options to every verb.
+fn remove_install_options(rest: &mut Vec<OsString>) {
     let mut kept = Vec::new();
     let mut args = rest.drain(..);
     while let Some(arg) = args.next() {
@@ -81,7 +81,7 @@ fn without_identity(rest: &mut Vec<OsString>) {
     *rest = kept;
 }
 
-/// The name of an option, with one dash or two, and the value behind its `=`.
+/// The name of an option, which has one or two dashes, and the value after its `=`.
 fn option(arg: &OsStr) -> Option<(&str, Option<OsString>)> {
     let text = arg.to_str()?;
     let text = text.strip_prefix("--").or_else(|| text.strip_prefix('-'))?;
@@ -98,12 +98,12 @@ mod tests {
 
     fn translated(line: &str) -> Option<Result<String, String>> {
         let args: Vec<OsString> = line.split_whitespace().map(Into::into).collect();
-        old_spelling(&args)
+        from_old_arguments(&args)
             .map(|result| result.map(|args| args.iter().map(|arg| arg.to_string_lossy()).collect::<Vec<_>>().join(" ")))
     }
 
     #[test]
-    fn the_old_command_line_means_what_it_always_meant() {
+    fn the_old_command_line_is_translated() {
         for (old, new) in [
             (
                 "--control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888",
@@ -139,13 +139,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_it_is_told() {
+    fn errors_of_the_old_command_line_are_reported() {
         for (old, words) in [
             ("--control", "--control needs a value: install"),
             ("--control=", "--control needs a value"),
             ("--control --version V", "--control needs a value"),
             ("--control remove", "\"remove\""),
-            ("--control start --control stop", "once only"),
+            ("--control start --control stop", "only once"),
             ("--control install --version --agentId 1", "--version needs a value"),
             ("--control install --agentId", "--agent-id needs a value"),
         ] {
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_new_spelling_is_left_alone() {
+    fn the_new_command_line_is_not_translated() {
         for new in [
             "",
             "--version",

@@ -1,4 +1,4 @@
-//! What a person sees of an installation at work: a line for each step, and a bar for the download on a terminal, on standard error.
+//! The progress of an installation on standard error: a line for each step and, on a terminal, a bar for the download.
 
 use std::io::{IsTerminal, stderr};
 
@@ -6,15 +6,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output::message;
 
-/// Of a download without a terminal: one line each time that so many hundredths more have arrived.
+/// Percentage points between two lines about a download if there is no terminal.
 const PLAIN_STEP: u64 = 25;
 
-/// Tells that a step begins, or what it found.
+/// Prints the start or the result of a step.
 pub(super) fn say(line: impl std::fmt::Display) {
     message!("aops: {line}");
 }
 
-/// Tells what the operator should look at.
+/// Prints a warning.
 pub(super) fn warn(line: impl std::fmt::Display) {
     message!("aops: warning: {line}");
 }
@@ -23,13 +23,16 @@ pub(super) fn warn(line: impl std::fmt::Display) {
 #[derive(Debug)]
 pub(super) enum DownloadDisplay {
     Bar(ProgressBar),
-    Lines { told: u64 },
+    /// `reported`: the percentage of the last line.
+    Lines {
+        reported: u64,
+    },
 }
 
 impl DownloadDisplay {
     pub(super) fn begin() -> DownloadDisplay {
         if !stderr().is_terminal() {
-            return DownloadDisplay::Lines { told: 0 };
+            return DownloadDisplay::Lines { reported: 0 };
         }
         let bar = ProgressBar::no_length();
         if let Ok(style) = ProgressStyle::with_template("  {bar:30} {bytes}/{total_bytes} {bytes_per_sec}") {
@@ -38,7 +41,7 @@ impl DownloadDisplay {
         DownloadDisplay::Bar(bar)
     }
 
-    /// `done` bytes are there, of `total` where that is known.
+    /// Shows that `done` bytes are downloaded, of `total` if that is known.
     pub(super) fn at(&mut self, done: u64, total: Option<u64>) {
         match self {
             DownloadDisplay::Bar(bar) => {
@@ -47,16 +50,16 @@ impl DownloadDisplay {
                 }
                 bar.set_position(done);
             }
-            DownloadDisplay::Lines { told } => {
+            DownloadDisplay::Lines { reported } => {
                 let Some(total) = total.filter(|total| *total > 0) else { return };
-                let hundredths = done.saturating_mul(100) / total;
-                // It may begin anew, from another endpoint.
-                if hundredths < *told {
-                    *told = 0;
+                let percent = done.saturating_mul(100) / total;
+                // A download from the next endpoint may start from scratch.
+                if percent < *reported {
+                    *reported = 0;
                 }
-                if hundredths >= *told + PLAIN_STEP {
-                    *told = hundredths - hundredths % PLAIN_STEP;
-                    say(format_args!("downloaded {hundredths}% of {} kB", total / 1_000));
+                if percent >= *reported + PLAIN_STEP {
+                    *reported = percent - percent % PLAIN_STEP;
+                    say(format_args!("downloaded {percent}% of {} kB", total / 1_000));
                 }
             }
         }

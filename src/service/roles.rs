@@ -1,4 +1,4 @@
-//! The two roles of a home as an installation sees them: stopped as a whole, renewed under running sub-agents, started, waited for.
+//! Starts, restarts and stops the two roles of a home for the installer, and waits for the manager.
 
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -13,62 +13,62 @@ use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
 use crate::{host_service, lifecycle, platform, role, store};
 
-/// For the manager to answer once it is started.
-const ANSWER: Duration = Duration::from_secs(30);
-/// For one question.
-const QUESTION: Duration = Duration::from_secs(2);
-const LOOK: Duration = Duration::from_millis(50);
+/// Timeout until the manager answers after a start.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of one request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How much of the manager's log is shown when it does not come up.
+/// The lines of the manager's log that an error shows if it does not start.
 const LAST_LINES: usize = 5;
 const MAX_LOG_BYTES: u64 = 64 << 20;
 
-/// The manager that answers now.
+/// The pid of the running manager.
 pub(super) fn manager_pid(home: &Home) -> Option<u32> {
     role::living(home, Role::Spm).map(|holder| holder.pid)
 }
 
-/// Whether a role of the home runs, answering or not.
-pub(super) fn run(home: &Home) -> bool {
+/// Whether a role of the home is running, even if it does not answer.
+pub(super) fn any_running(home: &Home) -> bool {
     !leftovers::running_from(&home.bin()).is_empty()
 }
 
-/// Stops everything: sub-agents, roles, and what else runs of this home. Works also where the manager is dead or a unit is gone.
+/// Stops the sub-agents, the roles and every other process of this home, also if the manager is dead or a unit is missing.
 pub(super) fn stop_all(home: &Home) -> Result<()> {
     for remark in lifecycle::stop_before_removal(home)? {
         progress::warn(remark);
     }
-    // One that was being started meanwhile, by a role that is dead now, would write into what is taken away.
-    leftovers::end_running_from(&home.bin())
+    // A role that the other one started meanwhile would write into the directories that are removed.
+    leftovers::stop_running_from(&home.bin())
 }
 
-/// Registers the roles where they are to be, and takes them out of a service manager that they are not to be in any more.
+/// Registers the roles with a service manager, and unregisters them from the previous one.
 pub(super) fn register(home: &Home, kind: ServiceManagerKind) -> Result<()> {
     let before = host_service::registered_with(home);
     if before != kind {
-        // The units' stop is a real one: sub-agents are stopped, too, and started again by the new manager.
+        // Stopping the units stops the sub-agents, too; the new manager restarts them.
         host_service::stop(before, home, Role::BOTH)?;
         host_service::unregister(before, home)?;
     }
     host_service::register(kind, home)
 }
 
-/// Starts the roles, or renews them where they run: sub-agents keep running. The child is the manager itself, where there is no service
+/// Starts the roles, or restarts them if they are running: sub-agents keep running. Returns the manager's process if there is no service
 /// manager.
 pub(super) fn start(home: &Home, kind: ServiceManagerKind, registered_before: bool) -> Result<Option<Child>> {
     role::clear_stop(home)?;
     if !registered_before {
-        // Somebody else started those that run: they would keep the locks.
+        // Roles that run were started in a different way and would keep the locks.
         host_service::stop_roles(home)?;
     }
     host_service::restart(kind, home, Role::BOTH)
 }
 
-/// Waits until a manager answers that is not `before`.
+/// Waits until a manager answers whose pid is not `before`.
 pub(super) fn wait(home: &Home, before: Option<u32>, mut child: Option<Child>) -> Result<()> {
     let started = Instant::now();
     loop {
-        let answer = control_socket::request(home, &Request::Status, QUESTION);
+        let answer = control_socket::request(home, &Request::Status, REQUEST_TIMEOUT);
         if let Ok(Some(reply)) = &answer
             && let Some(status) = &reply.status
             && status.spm.pid.is_some()
@@ -81,20 +81,20 @@ pub(super) fn wait(home: &Home, before: Option<u32>, mut child: Option<Child>) -
             Some(child) => child.try_wait()?,
             None => None,
         };
-        let waited = started.elapsed() >= ANSWER;
+        let timed_out = started.elapsed() >= START_TIMEOUT;
         if let Some(status) = ended {
-            bail!("the manager ended with {status}{}", last_words(home));
+            bail!("the manager exited with {status}{}", log_tail(home));
         }
-        if waited {
-            let why = answer.err().map(|error| format!(" ({error:#})")).unwrap_or_default();
-            bail!("the manager has not answered within {} seconds{why}{}", ANSWER.as_secs(), last_words(home));
+        if timed_out {
+            let reason = answer.err().map(|error| format!(" ({error:#})")).unwrap_or_default();
+            bail!("the manager did not answer within {} seconds{reason}{}", START_TIMEOUT.as_secs(), log_tail(home));
         }
-        platform::pause(LOOK);
+        platform::pause(POLL_INTERVAL);
     }
 }
 
-/// The end of the manager's log.
-fn last_words(home: &Home) -> String {
+/// The last lines of the manager's log, for an error.
+fn log_tail(home: &Home) -> String {
     let path = home.role_log("spm");
     let Ok(Some(bytes)) = store::read(&path, MAX_LOG_BYTES) else { return String::new() };
     let text = String::from_utf8_lossy(&bytes);
@@ -103,12 +103,12 @@ fn last_words(home: &Home) -> String {
     if last.is_empty() { String::new() } else { format!("; {} ends with:\n  {}", path.display(), last.join("\n  ")) }
 }
 
-/// Starts again what ran before a failure.
-pub(super) fn start_again(home: &Home, kind: ServiceManagerKind) -> Result<()> {
+/// Restarts the previous installation after a failure.
+pub(super) fn restart_previous(home: &Home, kind: ServiceManagerKind) -> Result<()> {
     let attempt = || -> Result<()> {
         register(home, kind)?;
         let child = start(home, kind, kind.is_some())?;
         wait(home, None, child)
     };
-    attempt().context("cannot start again what ran before")
+    attempt().context("cannot restart the previous installation")
 }

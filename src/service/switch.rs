@@ -1,6 +1,6 @@
-//! Puts a fetched release and its settings into place: each file by a rename, what stood there kept for the case of a failure.
+//! Installs a downloaded release and the settings: each file by a rename, with the previous file saved for a rollback.
 //!
-//! The records of the installation are written last: where they stand, everything else does.
+//! The records of the installation are written last: if they exist, the installation is complete.
 
 use std::path::{Path, PathBuf};
 
@@ -19,77 +19,76 @@ use crate::installation::{Epochs, InstallRecord, keyring};
 use crate::platform;
 use crate::store::{self, Access};
 
-/// Where the command is put for everybody, for the default home alone.
+/// The link to the executable for all users; for the default home only.
 const COMMAND_LINK: &str = "/usr/local/bin/aops";
 
 pub(super) fn switch(
     plan: &InstallPlan,
     fetched: &FetchedManager,
-    site: &mut InstallRoot,
+    install_root: &mut InstallRoot,
     undo: &mut Undo,
 ) -> Result<()> {
     let home = &plan.home;
     for (directory, mode) in home.directories() {
-        site.make(&directory, mode)?;
+        install_root.create_directory(&directory, mode)?;
     }
-    settings(plan, fetched, undo)?;
-    undo.keep(&home.executable())?;
+    write_settings(plan, fetched, undo)?;
+    undo.save(&home.executable())?;
     executable::replace(home, &fetched.release.executable())?;
     for name in ExecutableName::ALL {
-        undo.keep(&name.path(home))?;
+        undo.save(&name.path(home))?;
     }
     executable::point(home, ExecutableName::ALL, &home.executable())?;
     let linked = command_link(plan, undo);
-    records(plan, fetched, site, linked, undo)
+    write_records(plan, fetched, install_root, linked, undo)
 }
 
-fn settings(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Result<()> {
+fn write_settings(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
-    undo.keep(&home.agent_id())?;
+    undo.save(&home.agent_id())?;
     store::replace(&home.agent_id(), format!("{}\n", plan.agent_id).as_bytes(), Access::Public)?;
     if let Some(bytes) = &plan.ca_file {
         let path = home.ca_file();
-        undo.keep(&path)?;
+        undo.save(&path)?;
         store::replace(&path, bytes, Access::Public)?;
     }
-    configuration(plan, undo)?;
-    undo.keep(&home.last_good_config())?;
+    write_config(plan, undo)?;
+    undo.save(&home.last_good_config())?;
     Config::remember_good(home, &plan.config_text)?;
 
     if let Some(pins) = &fetched.pins {
         let path = home.pins();
         if !plan.keeps() {
-            undo.keep(&path)?;
+            undo.save(&path)?;
             store::remove(&path)?;
         }
-        // A manager that runs may have had further first contacts meanwhile.
+        // A running manager may have added pins meanwhile.
         endpoint::add_pins(pins, &path)?;
     }
     Ok(())
 }
 
-/// Writes `etc/conf.toml` where it is to say something else. Where it is a link, what that leads to is the operator's settings; what he
-/// has closed to others stays closed.
-fn configuration(plan: &InstallPlan, undo: &mut Undo) -> Result<()> {
+/// Writes `etc/conf.toml` if its content changes. If it is a link, its target is replaced. A file that others cannot read stays so.
+fn write_config(plan: &InstallPlan, undo: &mut Undo) -> Result<()> {
     let path = plan.home.config();
     let path = std::fs::canonicalize(&path).unwrap_or(path);
     let is_open = std::fs::metadata(&path).is_ok_and(|metadata| platform::is_readable_by_others(&metadata));
-    let is_there = path.exists();
-    let access = if is_there && !is_open { Access::Private } else { plan.config.access() };
-    let stands = is_there && config::text(&plan.home).is_ok_and(|text| text.as_ref() == Some(&plan.config_text));
-    if stands && (access == Access::Public || !is_open) {
+    let exists = path.exists();
+    let access = if exists && !is_open { Access::Private } else { plan.config.access() };
+    let is_same = exists && config::text(&plan.home).is_ok_and(|text| text.as_ref() == Some(&plan.config_text));
+    if is_same && (access == Access::Public || !is_open) {
         return Ok(());
     }
-    undo.keep(&path)?;
+    undo.save(&path)?;
     store::replace(&path, plan.config_text.as_bytes(), access)
 }
 
-/// The operator's keys, those of the bootstrap, and what the package says about keys.
-fn keys(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Result<()> {
+/// Writes the operator's keys, those of the bootstrap, and the changes of keys that the package brings.
+fn write_keys(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
-    undo.keep(&home.keys())?;
+    undo.save(&home.keys())?;
     if !plan.keeps() {
-        undo.keep(&home.keyring())?;
+        undo.save(&home.keyring())?;
     }
     let (given, carried) = (&plan.trusted.given, &plan.trusted.carried);
     for remark in keyring::install(home, plan.keeps(), given, carried, &fetched.release.offer)? {
@@ -98,10 +97,10 @@ fn keys(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Result
     Ok(())
 }
 
-/// Links the command into everybody's path: by root, for the default home, and where the name is free. It is a convenience: where it cannot
-/// be had, that is told. Answers what is linked now.
+/// Links the executable into the path of all users, if the user is root, the home is the default one and the name is free. A failure is a
+/// warning only. Returns the links that exist now.
 fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
-    let mut linked = match &plan.standing {
+    let mut linked = match &plan.existing {
         ExistingInstallation::Aops(installed) => installed.linked.clone(),
         _ => Vec::new(),
     };
@@ -110,17 +109,17 @@ fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
         return linked;
     }
     let executable = plan.home.as_known(&plan.home.executable());
-    let standing = std::fs::read_link(&link).ok();
-    let ours = standing.as_ref().is_some_and(|target| platform::identity(target) == platform::identity(&executable));
+    let target = std::fs::read_link(&link).ok();
+    let ours = target.as_ref().is_some_and(|target| platform::identity(target) == platform::identity(&executable));
     let free = link.symlink_metadata().is_err() && link.parent().is_some_and(Path::is_dir);
     if !free && !ours {
         return linked;
     }
-    let made = if standing.as_ref() == Some(&executable) { Ok(()) } else { make_link(&executable, &link, undo) };
-    if let Err(error) = made {
+    let outcome = if target.as_ref() == Some(&executable) { Ok(()) } else { create_link(&executable, &link, undo) };
+    if let Err(error) = outcome {
         let control = plan.home.as_known(&plan.home.control_link());
         progress::warn(format_args!(
-            "{error:#}; the installation goes on without it: use {}, or make the link by hand",
+            "{error:#}; continuing without it: use {}, or create the link by hand",
             control.display()
         ));
         return linked;
@@ -131,39 +130,39 @@ fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
     linked
 }
 
-fn make_link(target: &Path, link: &Path, undo: &mut Undo) -> Result<()> {
-    undo.keep(link)?;
-    platform::replace_link(target, link).with_context(|| format!("cannot make the link {}", link.display()))
+fn create_link(target: &Path, link: &Path, undo: &mut Undo) -> Result<()> {
+    undo.save(link)?;
+    platform::replace_link(target, link).with_context(|| format!("cannot create the link {}", link.display()))
 }
 
-fn records(
+fn write_records(
     plan: &InstallPlan,
     fetched: &FetchedManager,
-    site: &InstallRoot,
+    install_root: &InstallRoot,
     linked: Vec<PathBuf>,
     undo: &mut Undo,
 ) -> Result<()> {
     let home = &plan.home;
-    keys(plan, fetched, undo)?;
-    // Those of a home that stands only grow, whatever becomes of this installation; a manager that runs commits others meanwhile.
+    write_keys(plan, fetched, undo)?;
+    // The epochs of an existing home only grow and are not rolled back: its running manager may commit others meanwhile.
     if !plan.keeps() {
-        undo.keep(&home.epochs())?;
-        Epochs::begin(home)?;
+        undo.save(&home.epochs())?;
+        Epochs::create(home)?;
     }
     Epochs::commit(home, MANAGER_PACKAGE, fetched.release.manager.epoch)?;
     for path in [home.manager_record(), home.install_record()] {
-        undo.keep(&path)?;
+        undo.save(&path)?;
     }
     fetched.release.manager.save(home)?;
-    let mut installed = match &plan.standing {
+    let mut installed = match &plan.existing {
         ExistingInstallation::Aops(installed) => installed.clone(),
-        _ => InstallRecord::by(plan.kind),
+        _ => InstallRecord::new(plan.kind),
     };
     installed.service = plan.kind;
     installed.product.clone_from(&plan.product);
-    installed.created_directories.extend(site.created_for_home());
-    if plan.standing == ExistingInstallation::Old {
-        // Nobody else's any more.
+    installed.created_directories.extend(install_root.created_for_home());
+    if plan.existing == ExistingInstallation::Old {
+        // The directory belongs to aops from now on.
         installed.created_directories.push(home.root().to_owned());
     }
     installed.linked = linked;

@@ -1,6 +1,5 @@
-//! What stood where an installation puts its own, kept until it is known that it stays: [`Undo::roll_back`] puts everything back, in the
-//! opposite order. What cannot be put back stays beside the directory of this, under a name that begins with `kept`, until an installation
-//! succeeds.
+//! Copies of the files that an installation replaces. [`Undo::roll_back`] restores them in the opposite order. Files that cannot be
+//! restored are retained in a directory whose name begins with `kept-`, until an installation succeeds.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -10,23 +9,23 @@ use anyhow::{Context, Result, bail};
 
 use crate::{platform, store};
 
-/// What could not be put back is called so, and numbered.
-const KEPT: &str = "kept-";
-/// So many failures in a row are kept; the first ones hold what there was.
-const MAX_KEPT: usize = 8;
+/// The directories of retained files: this and a number.
+const RETAINED: &str = "kept-";
+/// The number of failed installations whose files are retained. The first ones hold the original files.
+const MAX_RETAINED: usize = 8;
 
 #[derive(Debug)]
 pub(super) struct Undo {
-    /// On the file system of what is kept.
+    /// On the file system of the saved paths.
     directory: PathBuf,
-    kept: Vec<SavedPath>,
+    saved: Vec<SavedPath>,
 }
 
-/// What stood at a path.
+/// The previous state of a path.
 #[derive(Debug)]
 enum SavedPath {
     Nothing(PathBuf),
-    /// Another name, or a copy, of the file.
+    /// `copy`: a hard link to the file, or a copy.
     File {
         path: PathBuf,
         copy: PathBuf,
@@ -44,13 +43,14 @@ enum SavedPath {
 impl Undo {
     pub(super) fn begin(directory: PathBuf) -> Result<Undo> {
         store::remove_tree(&directory)?;
-        fs::create_dir_all(&directory).with_context(|| format!("cannot make the directory {}", directory.display()))?;
-        Ok(Undo { directory, kept: Vec::new() })
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create the directory {}", directory.display()))?;
+        Ok(Undo { directory, saved: Vec::new() })
     }
 
-    /// Remembers what stands at `path` before it is replaced (by rename, never in place), made or removed.
-    pub(super) fn keep(&mut self, path: &Path) -> Result<()> {
-        let copy = self.directory.join(self.kept.len().to_string());
+    /// Saves the state of `path` before it is created, removed or replaced (by a rename, not in place).
+    pub(super) fn save(&mut self, path: &Path) -> Result<()> {
+        let copy = self.directory.join(self.saved.len().to_string());
         let attempt = || -> Result<SavedPath> {
             let path = path.to_owned();
             let metadata = match path.symlink_metadata() {
@@ -65,24 +65,24 @@ impl Undo {
                 fs::create_dir(&copy)?;
                 for entry in fs::read_dir(&path)? {
                     let entry = entry?;
-                    same(&entry.path(), &copy.join(entry.file_name()))?;
+                    link_or_copy(&entry.path(), &copy.join(entry.file_name()))?;
                 }
                 Ok(SavedPath::Directory { path, copy })
             } else {
-                same(&path, &copy)?;
+                link_or_copy(&path, &copy)?;
                 Ok(SavedPath::File { path, copy })
             }
         };
-        let kept = attempt().with_context(|| format!("cannot keep {} for the case of a failure", path.display()))?;
-        self.kept.push(kept);
+        let saved = attempt().with_context(|| format!("cannot save {} for a rollback", path.display()))?;
+        self.saved.push(saved);
         Ok(())
     }
 
-    /// Puts everything back that can be put back; fails with all that could not, and where it is.
+    /// Restores every saved path. The error lists those that cannot be restored, and the directory in which they are retained.
     pub(super) fn roll_back(self) -> Result<()> {
         let mut failures = Vec::new();
-        for kept in self.kept.iter().rev() {
-            if let Err(error) = put_back(kept) {
+        for saved in self.saved.iter().rev() {
+            if let Err(error) = restore(saved) {
                 failures.push(format!("{error:#}"));
             }
         }
@@ -91,52 +91,56 @@ impl Undo {
         }
         let failures = failures.join("; ");
         match self.retain() {
-            Ok(place) => bail!("{failures}; what stood there is kept in {}", place.display()),
+            Ok(directory) => bail!("{failures}; the previous files are kept in {}", directory.display()),
             Err(error) => bail!("{failures}; {error:#}"),
         }
     }
 
-    /// Gives the directory a name under which nobody removes it.
+    /// Renames the directory so that the next installation does not remove it.
     fn retain(self) -> Result<PathBuf> {
-        let place = (1..).map(|number| self.directory.with_file_name(format!("{KEPT}{number}")));
-        let place = place.take(MAX_KEPT).find(|place| place.symlink_metadata().is_err());
-        let place = place.with_context(|| format!("{} can be kept no longer", self.directory.display()))?;
-        fs::rename(&self.directory, &place).with_context(|| format!("cannot keep {}", self.directory.display()))?;
-        Ok(place)
+        let mut names = (1..=MAX_RETAINED).map(|number| self.directory.with_file_name(format!("{RETAINED}{number}")));
+        let retained = names.find(|path| path.symlink_metadata().is_err()).with_context(|| {
+            format!(
+                "cannot keep {}: the files of {MAX_RETAINED} failed installations are kept already",
+                self.directory.display()
+            )
+        })?;
+        fs::rename(&self.directory, &retained).with_context(|| format!("cannot keep {}", self.directory.display()))?;
+        Ok(retained)
     }
 }
 
-/// Whether that is what could not be put back.
-pub(super) fn is_kept(path: &Path) -> bool {
-    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(KEPT))
+/// Whether a path is a directory of retained files.
+pub(super) fn is_retained(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(RETAINED))
 }
 
-/// Whether there is any of it in the directory of an installation.
-pub(super) fn is_any_kept(work: &Path) -> bool {
-    fs::read_dir(work).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|entry| is_kept(&entry.path()))))
+/// Whether the work directory of an installation holds retained files.
+pub(super) fn has_retained(work: &Path) -> bool {
+    fs::read_dir(work).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|entry| is_retained(&entry.path()))))
 }
 
-/// Gives a file a second name; where there are no hard links, a copy.
-fn same(from: &Path, to: &Path) -> std::io::Result<()> {
+/// Creates a hard link to a file or, on a file system without hard links, a copy.
+fn link_or_copy(from: &Path, to: &Path) -> std::io::Result<()> {
     if fs::hard_link(from, to).is_err() {
         fs::copy(from, to)?;
     }
     Ok(())
 }
 
-fn put_back(kept: &SavedPath) -> Result<()> {
-    let path = match kept {
+fn restore(saved: &SavedPath) -> Result<()> {
+    let path = match saved {
         SavedPath::Nothing(path)
         | SavedPath::File { path, .. }
         | SavedPath::Link { path, .. }
         | SavedPath::Directory { path, .. } => path,
     };
-    // What stands as it stood is not touched: perhaps it could not be changed to begin with, and cannot be put back for the same reason.
-    if stands(kept) {
+    // An unchanged path is not touched: perhaps it cannot be changed at all.
+    if is_unchanged(saved) {
         return Ok(());
     }
     let attempt = || -> Result<()> {
-        match kept {
+        match saved {
             SavedPath::Nothing(path) if path.is_dir() && !path.is_symlink() => store::remove_tree(path)?,
             SavedPath::Nothing(path) => store::remove(path)?,
             SavedPath::File { path, copy } => platform::replace_executable(copy, path)?,
@@ -149,20 +153,20 @@ fn put_back(kept: &SavedPath) -> Result<()> {
         Ok(())
     };
     attempt().with_context(|| {
-        let copy = match kept {
+        let copy = match saved {
             SavedPath::File { copy, .. } | SavedPath::Directory { copy, .. } => copy.file_name(),
             SavedPath::Nothing(_) | SavedPath::Link { .. } => None,
         };
         let number = copy.map(|name| format!(" (kept as {})", name.display())).unwrap_or_default();
-        format!("cannot put {} back{number}", path.display())
+        format!("cannot restore {}{number}", path.display())
     })
 }
 
-/// Whether what was kept is still there, or nothing is, as it was.
-fn stands(kept: &SavedPath) -> bool {
-    match kept {
+/// Whether a path is in its saved state; a directory counts as changed.
+fn is_unchanged(saved: &SavedPath) -> bool {
+    match saved {
         SavedPath::Nothing(path) => path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound),
-        SavedPath::Link { path, target } => fs::read_link(path).is_ok_and(|standing| standing == *target),
+        SavedPath::Link { path, target } => fs::read_link(path).is_ok_and(|current| current == *target),
         SavedPath::File { path, copy } => {
             path.symlink_metadata().is_ok_and(|found| found.is_file())
                 && fs::File::open(path).and_then(|file| platform::is_same_file(&file, copy)).unwrap_or(false)
@@ -176,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_put_back_is_kept_and_all_else_is_put_back() {
+    fn files_that_cannot_be_restored_are_retained_and_all_others_are_restored() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         fs::create_dir(at("there")).unwrap();
@@ -185,22 +189,22 @@ mod tests {
         }
         let mut undo = Undo::begin(at("undo")).unwrap();
         for name in ["other", "there/file"] {
-            undo.keep(&at(name)).unwrap();
+            undo.save(&at(name)).unwrap();
             store::remove(&at(name)).unwrap();
         }
-        // A file where its directory was.
+        // A file replaces the directory.
         fs::remove_dir(at("there")).unwrap();
         fs::write(at("there"), "").unwrap();
 
         let error = format!("{:#}", undo.roll_back().unwrap_err());
-        assert!(error.contains("there/file back (kept as 1)") && error.contains("kept-1"), "{error}");
+        assert!(error.contains("there/file (kept as 1)") && error.contains("kept-1"), "{error}");
         assert_eq!(fs::read_to_string(at("other")).unwrap(), "old");
         assert_eq!(fs::read_to_string(at("kept-1/1")).unwrap(), "old");
-        assert!(is_any_kept(directory.path()) && is_kept(&at("kept-1")) && !is_kept(&at("undo")));
+        assert!(has_retained(directory.path()) && is_retained(&at("kept-1")) && !is_retained(&at("undo")));
     }
 
     #[test]
-    fn everything_stands_again_as_it_stood() {
+    fn a_roll_back_restores_every_path() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         fs::write(at("file"), "old").unwrap();
@@ -210,7 +214,7 @@ mod tests {
 
         let mut undo = Undo::begin(at("undo")).unwrap();
         for name in ["file", "directory", "link", "new", "made"] {
-            undo.keep(&at(name)).unwrap();
+            undo.save(&at(name)).unwrap();
         }
         store::replace(&at("file"), b"new", store::Access::Public).unwrap();
         store::replace(&at("new"), b"new", store::Access::Public).unwrap();

@@ -1,7 +1,7 @@
-//! `uninstall`: everything stops, and nothing stays: no process, no unit, no file, no link.
+//! `uninstall`: stops and removes everything: processes, units, files and links.
 //!
-//! It works from the home's own executable, with a dead manager, and with a unit that is already gone; killed half-way, it can be
-//! repeated, because the records of the installation go last.
+//! It works from the home's own executable, with a dead manager, and with a missing unit. It can be repeated if it is killed, because the
+//! records of the installation are removed last.
 
 use std::fs;
 use std::io::{IsTerminal, stdin};
@@ -21,7 +21,7 @@ use crate::{host_service, platform, store};
 pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     let shown = home.root().display();
     if !installation::exists(home)
-        && !install_root::is_half_made(home)
+        && !install_root::is_incomplete(home)
         && host_service::find_registration(home).is_none()
     {
         message!("aops: nothing is installed in {shown}");
@@ -29,7 +29,7 @@ pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     }
     if !yes {
         if !stdin().is_terminal() {
-            message!("error: cannot ask whether to remove {shown}: there is no terminal; say --yes");
+            message!("error: cannot ask whether to remove {shown}: there is no terminal; give --yes");
             return Ok(ExitCode::from(WRONG_USAGE));
         }
         if !confirmed(home)? {
@@ -38,15 +38,15 @@ pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
         }
     }
     remove(home).with_context(|| {
-        format!("cannot remove the installation in {shown}; correct what is wrong and repeat the command")
+        format!("cannot remove the installation in {shown}; fix the problem and repeat the command")
     })?;
-    progress::say(format_args!("the installation in {shown} is removed"));
+    progress::say(format_args!("removed the installation in {shown}"));
     Ok(ExitCode::SUCCESS)
 }
 
 fn confirmed(home: &Home) -> Result<bool> {
     output::ask(format_args!(
-        "Stop and remove everything in {}, all sub-agents included? [y/N] ",
+        "Stop and remove everything in {}, including all sub-agents? [y/N] ",
         home.root().display()
     ));
     let mut answer = String::new();
@@ -55,18 +55,18 @@ fn confirmed(home: &Home) -> Result<bool> {
 }
 
 fn remove(home: &Home) -> Result<()> {
-    // Before a word of what lies there is believed.
-    install_root::sound(home)?;
-    // A record that can't be read must not keep the rest here.
+    // Before any file in the home is read.
+    install_root::check_permissions(home)?;
+    // An unreadable record does not prevent the uninstallation.
     let installed = InstallRecord::load(home).unwrap_or_else(|error| {
         progress::warn(format_args!("{error:#}"));
         None
     });
-    let half_made = install_root::is_half_made(home).then(|| install_root::half_made(home));
-    let known = installed.is_some() || half_made.is_some();
-    let stood = home.root().is_dir();
-    let at_work = InstallRoot::open(home)?;
-    // By the host, not by the record: that may say none, or be gone.
+    let incomplete = install_root::is_incomplete(home).then(|| install_root::recorded_directories(home));
+    let known = installed.is_some() || incomplete.is_some();
+    let existed = home.root().is_dir();
+    let install_root = InstallRoot::open(home)?;
+    // Detected, not read from the record, which may be wrong or missing.
     let kind = host_service::detect();
     let registered = host_service::is_known(kind, home);
     if registered {
@@ -75,45 +75,45 @@ fn remove(home: &Home) -> Result<()> {
     }
     progress::say("stopping sub-agents and roles");
     roles::stop_all(home)?;
-    // Not earlier: what a sub-agent has mounted it may have unmounted by now.
+    // Only now: a sub-agent may unmount its file systems when it stops.
     for directory in home.directories().iter().map(|(path, _)| path).filter(|path| *path != home.root()) {
         store::ensure_nothing_mounted(directory)?;
     }
     if registered {
-        progress::say("taking the units away");
+        progress::say("removing the units");
         host_service::purge(kind, home)?;
     }
     progress::say("removing files");
     let (linked, created) = match installed {
         Some(installed) => (installed.linked, installed.created_directories),
-        None => (Vec::new(), half_made.unwrap_or_default()),
+        None => (Vec::new(), incomplete.unwrap_or_default()),
     };
     let mut left = Vec::new();
     for link in &linked {
         if let Err(error) = remove_our_link(home, link) {
-            left.push(format!("the link {}, which leads nowhere now; remove it by hand ({error:#})", link.display()));
+            left.push(format!("the dangling link {}; remove it by hand ({error:#})", link.display()));
         }
     }
     platform::leave_directory(home.root())
         .with_context(|| format!("cannot move the running executable out of {}", home.root().display()))?;
-    at_work.keep();
-    empty(home)?;
-    // Without a record nobody knows who made the home; an empty directory is nothing to keep.
-    let directories = if known && stood { created } else { vec![home.root().to_owned()] };
+    install_root.commit();
+    remove_files(home)?;
+    // Without a record it is unknown whether the installation created the home: it is removed if it is empty.
+    let directories = if known && existed { created } else { vec![home.root().to_owned()] };
     for directory in directories.iter().rev() {
-        // One that holds something else by now stays.
+        // A directory with other files in it is kept.
         let _ = fs::remove_dir(directory);
     }
     verify(home, left)?;
     let others = entries(home)?;
     if !others.is_empty() {
         let names: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
-        progress::warn(format_args!("what the installation did not make stays: {}", names.join(", ")));
+        progress::warn(format_args!("files that the installation did not create are kept: {}", names.join(", ")));
     }
     Ok(())
 }
 
-/// A link that somebody has pointed elsewhere since is theirs.
+/// Removes a link to this home; a link that was changed to a different target is kept.
 fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
     match fs::read_link(link) {
         Ok(target) if platform::identity(&target).starts_with(home.root()) => store::remove(link),
@@ -121,8 +121,8 @@ fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
     }
 }
 
-/// Removes what the installation made in the home: at last the program that a repetition takes, and the records by which that recognizes it.
-fn empty(home: &Home) -> Result<()> {
+/// Removes the files of the installation; last the executable and the records, which a repeated uninstallation needs.
+fn remove_files(home: &Home) -> Result<()> {
     let mut paths = entries(home)?;
     paths.retain(|path| home.owns(path));
     let program = [home.bin(), home.control_link()];
@@ -134,7 +134,7 @@ fn empty(home: &Home) -> Result<()> {
     Ok(())
 }
 
-/// What lies in the home.
+/// The paths in the home's directory.
 fn entries(home: &Home) -> Result<Vec<PathBuf>> {
     let attempt = || fs::read_dir(home.root())?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
     match attempt() {
@@ -143,7 +143,7 @@ fn entries(home: &Home) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// Makes sure that nothing is left but what is known to be.
+/// Checks that no file, unit or process of the installation remains. `left`: what is known to remain.
 fn verify(home: &Home, mut left: Vec<String>) -> Result<()> {
     left.extend(entries(home)?.iter().filter(|path| home.owns(path)).map(|path| path.display().to_string()));
     if let Some(kind) = host_service::find_registration(home) {
@@ -152,7 +152,7 @@ fn verify(home: &Home, mut left: Vec<String>) -> Result<()> {
     for process in leftovers::running_from(home.root()) {
         left.push(format!("the process {} ({})", process.pid, process.executable.display()));
     }
-    if left.is_empty() { Ok(()) } else { bail!("there is still {}", left.join(", ")) }
+    if left.is_empty() { Ok(()) } else { bail!("not removed: {}", left.join(", ")) }
 }
 
 #[cfg(test)]
@@ -174,10 +174,10 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_and_the_second_time_there_is_nothing_to_remove() {
+    fn an_uninstallation_leaves_nothing_and_a_second_one_finds_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        let mut installed = InstallRecord::by(ServiceManagerKind::None);
+        let mut installed = InstallRecord::new(ServiceManagerKind::None);
         installed.created_directories = vec![directory.path().join("made"), home.root().to_owned()];
         let (ours, theirs) = (directory.path().join("ours"), directory.path().join("theirs"));
         platform::replace_link(&home.executable(), &ours).unwrap();
@@ -193,16 +193,16 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_was_there_before_stays_and_is_empty() {
+    fn a_directory_that_existed_before_the_installation_is_emptied_and_kept() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        InstallRecord::by(ServiceManagerKind::None).save(&home).unwrap();
+        InstallRecord::new(ServiceManagerKind::None).save(&home).unwrap();
         uninstall(&home, true).unwrap();
         assert_eq!(fs::read_dir(home.root()).unwrap().count(), 0);
     }
 
     #[test]
-    fn a_record_that_cannot_be_read_keeps_nothing_here() {
+    fn an_unreadable_record_does_not_prevent_an_uninstallation() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
         fs::write(home.install_record(), "{").unwrap();
@@ -211,15 +211,15 @@ mod tests {
     }
 
     #[test]
-    fn one_at_work_in_the_home_is_not_disturbed() {
+    fn an_installation_in_progress_prevents_an_uninstallation() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        InstallRecord::by(ServiceManagerKind::None).save(&home).unwrap();
-        let site = InstallRoot::open(&home).unwrap();
+        InstallRecord::new(ServiceManagerKind::None).save(&home).unwrap();
+        let install_root = InstallRoot::open(&home).unwrap();
         let error = format!("{:#}", uninstall(&home, true).unwrap_err());
         assert!(error.contains("another installation"), "{error}");
         assert!(home.executable().exists() && home.install_lock().exists());
-        drop(site);
+        drop(install_root);
         uninstall(&home, true).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! Facts about whom a host trusts after what was brought, revoked, given and put there.
+//! The trusted keys after keys were brought, revoked, given at an installation or added by the operator.
 
 use std::fs;
 
@@ -31,11 +31,6 @@ fn after(ring: &Keyring, offer: &KeyOffer, etc: &Keys, baked: &Keys) -> (Keyring
     (ring, remarks.join("\n"))
 }
 
-/// As an installation does it.
-fn installed(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &KeyOffer) -> Result<Vec<String>> {
-    install(home, stands, given, carried, offer)
-}
-
 #[track_caller]
 fn trusts(ring: &Keyring, etc: &Keys, baked: &Keys, expected: &[&Keys]) {
     let trusted = ring.trusted(etc, baked).unwrap();
@@ -51,7 +46,7 @@ fn a_package_brings_keys_and_a_later_one_revokes_the_old() {
     let (ring, remarks) = after(&ring, &offer(&[&new], &[]), &carried, &none());
     assert!(remarks.contains("brings the key") && remarks.contains("trusted from now on"), "{remarks}");
     trusts(&ring, &carried, &none(), &[&old, &new]);
-    // The same again is no news.
+    // The same offer changes nothing.
     assert_eq!(after(&ring, &offer(&[&new], &[]), &carried, &none()), (ring.clone(), String::new()));
     let (ring, remarks) = after(&ring, &offer(&[&new], &[&old]), &carried, &none());
     assert!(remarks.contains("revokes the key"), "{remarks}");
@@ -59,19 +54,19 @@ fn a_package_brings_keys_and_a_later_one_revokes_the_old() {
 }
 
 #[test]
-fn a_revoked_key_is_refused_wherever_it_comes_from() {
+fn a_revoked_key_is_rejected_from_every_source() {
     let (old, new) = (key(), key());
     let (ring, _) = after(&Keyring::default(), &offer(&[&new], &[&old]), &none(), &old);
     trusts(&ring, &none(), &old, &[&new]);
-    // From a bootstrap of then, on the way to etc/keys.
+    // From an older bootstrap.
     let (again, carried) = ring.installed(&none(), &all(&[&old, &new]), &none());
     assert_eq!(carried, new);
     trusts(&again, &carried, &old, &[&new]);
-    // From a package that was made before.
+    // From an older package.
     let (again, remarks) = after(&again, &offer(&[&old], &[]), &carried, &old);
-    assert!(remarks.contains("stays so"), "{remarks}");
+    assert!(remarks.contains("stays revoked"), "{remarks}");
     trusts(&again, &carried, &old, &[&new]);
-    // Under another id.
+    // Under a different id.
     let mut bytes = BASE64_STANDARD.decode(old.iter().next().unwrap().base64()).unwrap();
     bytes[5] ^= 1;
     let renamed = Keys::parse(&BASE64_STANDARD.encode(bytes)).unwrap();
@@ -79,15 +74,15 @@ fn a_revoked_key_is_refused_wherever_it_comes_from() {
 }
 
 #[test]
-fn an_operators_own_file_counts_for_more_than_a_revocation_and_that_is_told() {
+fn an_operators_own_key_file_overrides_a_revocation_with_a_warning() {
     let (own, new) = (key(), key());
     let (ring, remarks) = after(&Keyring::default(), &offer(&[&new], &[&own]), &own, &none());
     trusts(&ring, &own, &none(), &[&own, &new]);
-    assert!(remarks.contains("trusted all the same") && remarks.contains("remove its file"), "{remarks}");
+    assert!(remarks.contains("still trusted") && remarks.contains("remove its file"), "{remarks}");
     assert_eq!(ring.overruled(&own).len(), 1);
     trusts(&ring, &none(), &none(), &[&new]);
     assert!(ring.overruled(&none()).is_empty());
-    // Given at an installation, it is the operator's too, also if a bootstrap had brought it before.
+    // A key given at an installation is the operator's, even if a bootstrap brought it before.
     let (ring, carried) = Keyring::default().installed(&none(), &all(&[&own, &new]), &none());
     let (ring, _) = after(&ring, &offer(&[], &[&own]), &carried, &none());
     trusts(&ring, &carried, &none(), &[&new]);
@@ -96,17 +91,17 @@ fn an_operators_own_file_counts_for_more_than_a_revocation_and_that_is_told() {
 }
 
 #[test]
-fn a_package_that_would_leave_no_key_is_refused() {
+fn a_package_that_revokes_every_trusted_key_is_rejected() {
     let old = key();
     let (ring, carried) = Keyring::default().installed(&none(), &old, &none());
     let error = ring.after(&offer(&[], &[&old]), &carried, &none()).unwrap_err().to_string();
     assert!(error.contains("revokes every key"), "{error}");
-    // One that is the operator's is left.
+    // The operator's key remains.
     ring.after(&offer(&[], &[&old]), &all(&[&carried, &key()]), &none()).unwrap();
 }
 
 #[test]
-fn a_keyring_that_is_lost_is_told_from_one_that_the_home_never_had() {
+fn a_lost_keyring_is_an_error_and_one_that_never_existed_is_not() {
     let directory = tempfile::tempdir().unwrap();
     let home = Home::new(directory.path().join("home"));
     for (path, mode) in home.directories() {
@@ -119,12 +114,12 @@ fn a_keyring_that_is_lost_is_told_from_one_that_the_home_never_had() {
     assert!(error.contains("epochs.json") && error.contains("missing"), "{error}");
     fs::write(home.epochs(), r#"{"epochs":{"aops-spm":2}}"#).unwrap();
     assert_eq!(trusted(&home).unwrap().iter().collect::<Vec<_>>(), old.iter().collect::<Vec<_>>());
-    // Only reading it does not make it another.
+    // Committing an epoch without a keyring does not change that.
     Epochs::commit(&home, "a", 1).unwrap();
     assert!(trusted(&home).is_ok());
 
-    let remarks = installed(&home, true, &none(), &none(), &offer(&[&new], &[&old])).unwrap().join("\n");
-    assert!(remarks.contains("revokes the key") && !remarks.contains("all the same"), "{remarks}");
+    let remarks = install(&home, true, &none(), &none(), &offer(&[&new], &[&old])).unwrap().join("\n");
+    assert!(remarks.contains("revokes the key") && !remarks.contains("still trusted"), "{remarks}");
     Epochs::commit(&home, "aops-spm", 2).unwrap();
     assert_eq!(trusted(&home).unwrap().iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
     fs::remove_file(home.keyring()).unwrap();
@@ -133,7 +128,7 @@ fn a_keyring_that_is_lost_is_told_from_one_that_the_home_never_had() {
 }
 
 #[test]
-fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
+fn a_revocation_by_a_failed_installation_is_kept() {
     let directory = tempfile::tempdir().unwrap();
     let home = Home::new(directory.path().join("home"));
     for (path, mode) in home.directories() {
@@ -141,12 +136,12 @@ fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
         crate::platform::set_mode(&path, mode).unwrap();
     }
     let (old, new, given) = (key(), key(), key());
-    installed(&home, false, &none(), &old, &KeyOffer::default()).unwrap();
+    install(&home, false, &none(), &old, &KeyOffer::default()).unwrap();
     let before = Keyring::load(&home).unwrap();
     let file = Keys::files(&home.keys()).unwrap().remove(0);
     let text = fs::read(&file).unwrap();
 
-    installed(&home, true, &given, &none(), &offer(&[&new], &[&old])).unwrap();
+    install(&home, true, &given, &none(), &offer(&[&new], &[&old])).unwrap();
     assert!(!file.exists());
     keep_after_failure(&home, &before).unwrap();
     fs::remove_dir_all(home.keys()).unwrap();
@@ -154,9 +149,9 @@ fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
     fs::write(&file, text).unwrap();
     let trusted = trusted(&home).unwrap();
     assert_eq!(trusted.iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
-    // A key that it had brought before, and that the operator gave with what failed.
+    // The operator gave a brought key to an installation that failed.
     let before = Keyring::load(&home).unwrap();
-    installed(&home, true, &new, &none(), &KeyOffer::default()).unwrap();
+    install(&home, true, &new, &none(), &KeyOffer::default()).unwrap();
     keep_after_failure(&home, &before).unwrap();
     fs::remove_dir_all(home.keys()).unwrap();
     assert!(super::trusted(&home).unwrap().contains(new.iter().next().unwrap()));
@@ -177,7 +172,7 @@ fn revocations_are_limited() {
 }
 
 #[test]
-fn keys_that_a_killed_installation_left_are_nobodys() {
+fn keys_of_a_killed_installation_are_removed() {
     let directory = tempfile::tempdir().unwrap();
     let home = Home::new(directory.path().join("home"));
     for (path, mode) in home.directories() {
@@ -186,21 +181,21 @@ fn keys_that_a_killed_installation_left_are_nobodys() {
     }
     let (carried, mistaken, new) = (key(), key(), key());
     all(&[&carried, &mistaken]).save_to(&home.keys()).unwrap();
-    installed(&home, false, &none(), &carried, &KeyOffer::default()).unwrap();
+    install(&home, false, &none(), &carried, &KeyOffer::default()).unwrap();
     let trusts = |key: &Keys| trusted(&home).unwrap().contains(key.iter().next().unwrap());
     assert!(trusts(&carried) && !trusts(&mistaken));
-    // It is the bootstrap's, not the operator's: a package can revoke it.
+    // The key of the bootstrap is not the operator's: a package can revoke it.
     commit(&home, &offer(&[&new], &[&carried])).unwrap();
     assert!(trusts(&new) && !trusts(&carried));
-    // What an operator adds to a home that stands is his.
+    // A key that an operator adds to an existing home is the operator's.
     mistaken.save_to(&home.keys()).unwrap();
-    crate::installation::Epochs::begin(&home).unwrap();
-    installed(&home, true, &none(), &none(), &KeyOffer::default()).unwrap();
+    crate::installation::Epochs::create(&home).unwrap();
+    install(&home, true, &none(), &none(), &KeyOffer::default()).unwrap();
     assert!(trusts(&mistaken));
 }
 
 #[test]
-fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
+fn a_commit_removes_revoked_key_files_of_the_bootstrap_but_not_of_the_operator() {
     let directory = tempfile::tempdir().unwrap();
     let home = Home::new(directory.path().join("home"));
     for (path, mode) in home.directories() {
@@ -229,10 +224,10 @@ fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
         assert_eq!(
             Keys::files(&home.keys()).unwrap().len(),
             1,
-            "the bootstrap's file is gone, the operator's is there"
+            "the bootstrap's file is removed, the operator's is kept"
         );
     }
-    // An operator may bring it back.
+    // An operator may add it again.
     old.save_to(&home.keys()).unwrap();
     assert!(trusted(&home).unwrap().contains(old.iter().next().unwrap()));
     assert_eq!(Keyring::load(&home).unwrap().overruled(&Keys::load(&home.keys()).unwrap()).len(), 2);

@@ -1,4 +1,4 @@
-//! Which program a file or a process is: by the SHA-256 of its bytes, read once for as long as they are the same.
+//! Identifies the program of a file or a process by the SHA-256 of its bytes. Digests of unchanged files are cached.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,21 +12,21 @@ use crate::core::upgrade::{Trial, WhichRelease};
 use crate::package;
 use crate::platform::{self, ContentStamp};
 
-/// More files than an upgrade knows are not remembered.
-const MAX_KNOWN: usize = 8;
+/// The size of the cache: more than the files of an upgrade.
+const MAX_CACHED: usize = 8;
 
-/// The digests of executables.
+/// A cache of the digests of executables.
 #[derive(Debug, Default)]
 pub struct Programs {
-    known: HashMap<ContentStamp, Digest>,
+    cached: HashMap<ContentStamp, Digest>,
 }
 
 impl Programs {
-    /// Of the file at a path; `None`: there is none.
+    /// The digest of the file at a path; `None`: it does not exist.
     pub fn at(&mut self, path: &Path) -> Result<Option<Digest>> {
         let attempt = || match File::open(path) {
             Ok(file) if file.metadata()?.is_file() => Ok(Some(file)),
-            Ok(_) => Err(std::io::Error::new(ErrorKind::InvalidInput, "it is no file")),
+            Ok(_) => Err(std::io::Error::new(ErrorKind::InvalidInput, "it is not a regular file")),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         };
@@ -34,26 +34,26 @@ impl Programs {
         file.map(|file| self.of(file)).transpose().with_context(|| format!("cannot read {}", path.display()))
     }
 
-    /// Of the program that a process runs; `None`: that cannot be seen.
+    /// The digest of the program that a process runs; `None`: it cannot be read.
     pub fn of_process(&mut self, pid: u32) -> Option<Digest> {
         self.of(platform::program_of(pid).ok()?).ok()
     }
 
     fn of(&mut self, mut file: File) -> Result<Digest> {
         let stamp = ContentStamp::of(&file)?;
-        if let Some(digest) = self.known.get(&stamp) {
+        if let Some(digest) = self.cached.get(&stamp) {
             return Ok(digest.clone());
         }
         let digest = package::sha256_of(&mut file)?;
-        if self.known.len() >= MAX_KNOWN {
-            self.known.clear();
+        if self.cached.len() >= MAX_CACHED {
+            self.cached.clear();
         }
-        self.known.insert(stamp, digest.clone());
+        self.cached.insert(stamp, digest.clone());
         Ok(digest)
     }
 }
 
-/// Which of the two releases of a trial a program is. `same`: where both have the same bytes.
+/// The release of a trial that a program belongs to. `same`: the result if both releases have the same bytes.
 pub fn which(trial: &Trial, program: Option<&Digest>, same: WhichRelease) -> WhichRelease {
     let Some(program) = program else { return WhichRelease::Other };
     match (*program == trial.from.executable, *program == trial.to.executable) {

@@ -239,7 +239,7 @@ fn a_download_is_resumed_with_its_progress_after_the_manager_is_killed() {
     let download = &agent(&status, "noise").expect("it exists")["download"];
     assert_eq!((&download["version"], download["totalBytes"].as_u64()), (&"1.0.0".into(), Some(size)), "{status:#}");
     assert_eq!(agent(&status, "noise").expect("it exists")["state"], "updating");
-    assert!(host.control(&["status"]).stdout.contains("1.0.0 is being fetched: "));
+    assert!(host.control(&["status"]).stdout.contains("downloading 1.0.0: "));
 
     let manager = pid(&status["spm"]["pid"]).expect("it runs");
     host.kill(manager);

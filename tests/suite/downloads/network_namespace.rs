@@ -167,7 +167,7 @@ fn the_installers_proxy_is_used_for_every_connection_and_its_password_is_never_s
     assert!(!refused.text().contains("sesame"), "{refused}");
 
     let installed = install(&["HTTPS_PROXY=http://user:sesame@10.9.0.1:3128"]).expect_code(0);
-    assert!(installed.stderr.contains("proxy http://10.9.0.1:3128 is kept"), "{installed}");
+    assert!(installed.stderr.contains("saving the environment's proxy http://10.9.0.1:3128"), "{installed}");
     // Restarted without any of the environment.
     container.run(&["/opt/aops/control", "stop"]).expect_code(0);
     container.run(&["/opt/aops/control", "start"]).expect_code(0);

@@ -338,7 +338,7 @@ fn a_concurrent_installation_is_rejected_and_a_killed_one_can_be_repeated() {
         (first, connection)
     };
     let (mut first, connection) = start(&host);
-    assert_refused(&host.join(&gateway, &[]), 1, &["another installation is at work", "wait"]);
+    assert_refused(&host.join(&gateway, &[]), 1, &["another installation is in progress", "wait"]);
     let output = host.control(&["uninstall", "--yes"]);
     assert!(!output.success(), "{output}");
     first.kill().and_then(|()| first.wait()).expect("it is ours");
@@ -348,7 +348,7 @@ fn a_concurrent_installation_is_rejected_and_a_killed_one_can_be_repeated() {
     let standing = RunningHost::of(host);
 
     let (mut first, connection) = start(&standing.host);
-    assert_refused(&standing.host.install(&[]), 1, &["another installation is at work"]);
+    assert_refused(&standing.host.install(&[]), 1, &["another installation is in progress"]);
     assert_refused_uninstall(&standing.host.control(&["uninstall", "--yes"]));
     standing.assert_same_processes();
     first.kill().and_then(|()| first.wait()).expect("it is ours");
@@ -359,7 +359,7 @@ fn a_concurrent_installation_is_rejected_and_a_killed_one_can_be_repeated() {
 
 #[track_caller]
 fn assert_refused_uninstall(output: &Output) {
-    assert!(output.code == 1 && output.stderr.contains("another installation is at work"), "{output}");
+    assert!(output.code == 1 && output.stderr.contains("another installation is in progress"), "{output}");
 }
 
 /// Starts `command`, kills it when it prints a line with `word`, and waits until it has exited.
@@ -379,7 +379,7 @@ fn installation(host: &TestHost, gateway: &Gateway, more: &[&str]) -> Command {
     command
 }
 
-const STEPS: [&str; 4] = ["downloading", "downloaded 50%", "putting version", "starting"];
+const STEPS: [&str; 4] = ["downloading", "downloaded 50%", "installing version", "starting"];
 
 #[test]
 fn an_installation_killed_at_any_step_can_be_repeated_and_uninstalled() {
@@ -393,7 +393,7 @@ fn an_installation_killed_at_any_step_can_be_repeated_and_uninstalled() {
         assert_empty(&host);
     }
     // Neither does an installation that never succeeds.
-    for step in ["downloading", "putting version"] {
+    for step in ["downloading", "installing version"] {
         kill_at(&mut installation(&host, &gateway, &[]), step);
         command::run(&mut installation(&host, &gateway, &["--version", "9.9.9"]), LIMIT).expect_code(1);
         assert_empty(&host);
@@ -414,7 +414,7 @@ fn a_reinstallation_killed_at_any_step_can_be_repeated() {
         assert_eq!(host.wait_for_agent("native"), agent, "after a kill at {step:?}");
     }
     // With `--fresh`, the older installation is stopped and removed first.
-    for step in ["stopping the older", "putting version", "starting"] {
+    for step in ["stopping the existing", "installing version", "starting"] {
         kill_at(&mut installation(&host, &gateway, &["--fresh"]), step);
         command::run(&mut installation(&host, &gateway, &["--fresh"]), LIMIT).expect_code(0);
         host.wait_for_status("both roles", SOON, runs);

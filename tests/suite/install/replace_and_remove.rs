@@ -128,7 +128,7 @@ fn a_new_version_that_does_not_start_is_rolled_back_to_the_old_one() {
     let (_gateway, host, pid) = joined();
     let before = standing(&host);
     let output = host.install(&["--version", "broken"]);
-    assert!(output.text().contains("step wait") && output.text().contains("is back"), "{output}");
+    assert!(output.text().contains("step wait") && output.text().contains("is restored"), "{output}");
     output.expect_code(1);
     host.wait_for_status("the old version", SOON, |status| {
         status["version"] == "1.0.0" && status["state"] == "running"
@@ -151,7 +151,7 @@ fn a_failed_first_installation_leaves_nothing() {
     fs::create_dir(host.home()).unwrap();
     fs::write(host.home().join("photo"), "mine").unwrap();
     let output = host.join(&gateway, &[]);
-    assert!(output.text().contains("it holds photo"), "{output}");
+    assert!(output.text().contains("it contains photo"), "{output}");
     output.expect_code(1);
     assert_eq!(fs::read_dir(host.home()).unwrap().count(), 1);
 }
@@ -184,7 +184,7 @@ fn foreign_files_are_not_treated_as_an_old_installation_and_not_removed() {
     fs::write(home.join("data/customers.db"), "precious").unwrap();
     host.join(&gateway, &["--fresh"]).expect_success();
     let output = host.control(&["uninstall", "--yes"]).expect_code(0);
-    assert!(output.stderr.contains(&format!("stays: {}", home.join("data").display())), "{output}");
+    assert!(output.stderr.contains(&format!("are kept: {}", home.join("data").display())), "{output}");
     assert_eq!(fs::read_dir(&home).unwrap().count(), 1);
     assert_eq!(fs::read_to_string(home.join("data/customers.db")).unwrap(), "precious");
 }
@@ -378,7 +378,7 @@ fn linked_and_lost_settings_are_kept_in_place() {
 
     fs::remove_file(&config).unwrap();
     let output = host.install(&["--version", "2.0.0"]).expect_code(0);
-    assert!(output.stderr.contains("conf.toml is missing; the last good copy"), "{output}");
+    assert!(output.stderr.contains("conf.toml is missing; using its last good copy"), "{output}");
     assert_eq!(fs::read_to_string(&config).unwrap(), changed);
     assert_eq!(host.wait_for_agent("sleeper"), pid);
 }

@@ -154,7 +154,7 @@ fn a_program_that_left_its_cgroup_is_adopted_shown_and_stopped() {
     let outside = |name| agent(&status, name).expect("it exists")["outsideGroup"].clone();
     assert_eq!((outside("old"), outside("one").is_null()), (true.into(), true), "{status:#}");
     let shown = host.control(&["status"]).expect_success();
-    assert!(shown.contains(&format!("old: process {first} runs outside of its cgroup")), "{shown}");
+    assert!(shown.contains(&format!("old: process {first} is outside its cgroup")), "{shown}");
 
     // It has its own session, although that session's leader has exited.
     let left = sleeping(child);

@@ -139,9 +139,9 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_key_stays_revoked() {
     // Only the operator of the host can trust it again, and gets a warning.
     let given = old.display().to_string();
     let output = host.install(&["--version", "2.0.0", "--trusted-key", &given]).expect_code(0);
-    assert!(output.stderr.contains("trusted all the same") || verbose(&host).contains("revoked key"), "{output}");
+    assert!(output.stderr.contains("still trusted") || verbose(&host).contains("revoked key"), "{output}");
     let status = host.wait_for_status("native 2.0.0", SOON, |status| status["agents"][0]["version"] == "2.0.0");
-    assert!(status["problems"].to_string().contains("trusted all the same"), "{status:#}");
+    assert!(status["problems"].to_string().contains("still trusted"), "{status:#}");
     wait_for("the gateway to receive it", SOON, || {
         let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
         let is_it = |event: &&Value| event["kind"] == "stage" && event["outcome"] == "refused";
@@ -211,7 +211,10 @@ fn a_failed_installation_reverts_neither_an_epoch_nor_a_revocation() {
     let pid = host.wait_for_agent("native");
 
     let failed = host.install(&["--version", "broken"]).expect_code(1);
-    assert!(failed.stderr.contains("step wait") && failed.stderr.contains("is back as it was"), "{failed}");
+    assert!(
+        failed.stderr.contains("step wait") && failed.stderr.contains("previous installation is restored"),
+        "{failed}"
+    );
     host.wait_for_status("the old version", SOON, |status| {
         status["version"] == "1.0.0" && status["state"] == "running"
     });
@@ -311,11 +314,11 @@ fn a_gateway_is_verified_by_system_roots_and_unverified_only_on_request() {
 
     let host = TestHost::new();
     let warned = installed(&host, &["--insecure"], None).expect_code(0);
-    assert!(warned.stderr.contains("not checked (--insecure)"), "{warned}");
+    assert!(warned.stderr.contains("not verified (--insecure)"), "{warned}");
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
     let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it exists");
     assert!(log.contains("certificates are not checked"), "{log}");
     // A repetition prints it again.
     let again = host.install(&[]).expect_code(0);
-    assert!(again.stderr.contains("not checked (--insecure)"), "{again}");
+    assert!(again.stderr.contains("not verified (--insecure)"), "{again}");
 }

@@ -197,7 +197,7 @@ fn an_installation_during_a_trial_ends_the_trial_first() {
     wait_for_trial(&host, "2.0.0");
     order(&gateway, "3.0.0");
     let output = host.install(&["--version", "3.0.0"]);
-    assert!(output.success() && output.text().contains("ending the upgrade of the manager to 2.0.0"), "{output}");
+    assert!(output.success() && output.text().contains("finishing the manager's upgrade to 2.0.0"), "{output}");
     wait_for_release(&host, "3.0.0");
     expect_in_place(&host, &release::executable("3.0.0"));
     assert_eq!(agents_of(&host), before);

@@ -131,7 +131,7 @@ fn an_installation_over_files_that_another_user_can_change_is_rejected() {
     }
     // After the fix the installation fails for another reason.
     let output = install();
-    assert!(!output.stderr.contains("cannot rely on") && output.stderr.contains("--trusted-key"), "{output}");
+    assert!(!output.stderr.contains("cannot trust") && output.stderr.contains("--trusted-key"), "{output}");
     // A directory above the home belongs to the host: it is reported, and is not the reason of the failure.
     set_mode(&above, 0o777);
     let output = install();
