@@ -1,4 +1,4 @@
-//! How this host fetches packages: by its settings, the keys that it trusts and the epochs that it has committed.
+//! Fetches packages with this host's settings, trusted keys and committed epochs.
 
 use anyhow::Result;
 
@@ -9,14 +9,14 @@ use crate::home::Home;
 use crate::installation::{Epochs, keyring};
 use crate::package::{self, FetchContext, FetchLimits, Keys, PackagePaths, PackageRequest, Progress, VerifiedTree};
 
-/// What a package is fetched and verified by.
+/// The settings, keys and epochs that packages are fetched and verified with.
 #[derive(Debug)]
 pub struct Fetching<'a> {
     pub config: &'a Config,
     pub agent_id: &'a AgentId,
-    /// How the gateway's certificate is checked.
+    /// How the gateway's certificate is verified.
     pub trust: Trust,
-    /// Asked in this order.
+    /// Tried in this order.
     pub endpoints: Vec<Endpoint>,
     pub keys: Keys,
     pub epochs: Epochs,
@@ -24,7 +24,7 @@ pub struct Fetching<'a> {
 }
 
 impl<'a> Fetching<'a> {
-    /// As an installed home says it now.
+    /// The current state of an installed home.
     pub fn of(home: &Home, config: &'a Config, agent_id: &'a AgentId) -> Result<Fetching<'a>> {
         Ok(Fetching {
             config,
@@ -37,7 +37,7 @@ impl<'a> Fetching<'a> {
         })
     }
 
-    /// Fetches a package, with a client of its own, since the download is ended with that. `begun` gets the means to end it from elsewhere.
+    /// Fetches a package with a client of its own, so that the download can be aborted alone. `begun` receives the handle that aborts it.
     pub fn fetch(
         &self,
         wanted: PackageRequest,

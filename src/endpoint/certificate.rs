@@ -1,4 +1,4 @@
-//! What is read out of a certificate beside its judgement: its public key, and when it ends.
+//! Reads a certificate's public key and expiry.
 
 use rustls::pki_types::CertificateDer;
 use rustls::server::ParsedCertificate;
@@ -6,13 +6,13 @@ use x509_cert::der::Decode;
 
 use super::Fingerprint;
 
-/// The SHA-256 of the certificate's public key (its SubjectPublicKeyInfo), by which it is pinned; `None` where it cannot be read.
+/// The SHA-256 of the certificate's public key (its SubjectPublicKeyInfo), which is what pins store; `None` if it cannot be parsed.
 pub fn key_of(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
     let parsed = ParsedCertificate::try_from(certificate).ok()?;
     Some(Fingerprint::of(parsed.subject_public_key_info().as_ref()))
 }
 
-/// When the first certificate of a chain ends, seconds since 1970; `None` where none of them can be read.
+/// The earliest expiry in a chain, seconds since 1970; `None` if no certificate can be parsed.
 pub fn end_of(chain: &[CertificateDer<'_>]) -> Option<u64> {
     let end = |certificate: &CertificateDer<'_>| {
         let read = x509_cert::Certificate::from_der(certificate).ok()?;

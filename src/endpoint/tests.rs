@@ -1,4 +1,4 @@
-//! Facts about trust: whom a client believes, and what it says when it does not, against servers made in the test.
+//! Tests of certificate verification, proxies, redirects and timeouts, against local servers.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -27,8 +27,7 @@ fn got(trust: &Trust, endpoint: &Endpoint) -> Result<String, String> {
     Ok(String::from_utf8(reply.bytes(100).unwrap()).unwrap())
 }
 
-/// The file lives as long as the directory that comes with it.
-/// Without a file of what was learned.
+/// Pins without recorded keys.
 fn pinned(pins: Vec<Fingerprint>) -> Trust {
     Trust::Pin { pins, learned: PathBuf::from("/nonexistent/gateway-keys.json") }
 }
@@ -125,7 +124,7 @@ fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
         assert_eq!(got(&pinned(vec![Fingerprint::of(b"other"), pin]), &server.endpoint()).as_deref(), Ok("hello"));
     }
     let advice = format!("--pin {key}");
-    refused(&pinned(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["none of those pinned", &advice]);
+    refused(&pinned(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["matches no pin", &advice]);
 }
 
 #[test]
@@ -175,14 +174,14 @@ fn a_renewed_certificate_is_the_same_gateway_and_an_announced_key_too_but_no_oth
         let report = asked.trust_report(&endpoint);
         assert!(report.is_pinned() && announced.iter().all(|pin| report.accepts(pin)), "{report:?}");
         drop((server, asked));
-        // Renewed with the same key; then the key that was announced, and at last one that was not.
+        // The certificate is renewed with the same key; then with an unannounced key, the announced one, and the old one.
         for (key, is_accepted) in [(&keys[0], true), (&keys[2], false), (&keys[1], true), (&keys[0], false)] {
             let _server = Server::tls_at(address, &shows(key), |_| CannedResponse::ok("hello"));
             let asked = client(&trust);
             let got = asked.get(&endpoint, "/", &[]);
             assert_eq!(got.is_ok(), is_accepted, "{trust:?} {got:?}");
             if got.is_ok() && std::ptr::eq(key, &keys[1]) {
-                // From now on the old one is not announced any more.
+                // The old key is no longer announced.
                 asked.learn(&endpoint, &[announced[1].clone()]).unwrap();
             }
         }
@@ -211,7 +210,11 @@ fn what_an_authority_in_the_file_has_issued_is_accepted() {
     assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
     assert_eq!(got(&trust, &server.endpoint_by("localhost")).as_deref(), Ok("hello"));
     let (_directory, other) = ca_file(&self_signed(&["127.0.0.1"], |_| {}).pem);
-    refused(&other, &server.endpoint(), &["nobody that this host trusts", "--ca-cert FILE", "--pin sha256:"]);
+    refused(
+        &other,
+        &server.endpoint(),
+        &["not issued by an authority that this host trusts", "--ca-cert FILE", "--pin sha256:"],
+    );
 }
 
 #[test]
@@ -224,9 +227,9 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
         let (_directory, trust) = ca_file(&identity.pem);
         let server = serves(&identity);
         assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
-        refused(&trust, &server.endpoint_by("localhost"), &["it is for 127.0.0.1, gw.example;"]);
+        refused(&trust, &server.endpoint_by("localhost"), &["it is only valid for 127.0.0.1, gw.example;"]);
     }
-    // The same key, marked as an authority, yet not the certificate that was given.
+    // The same key marked as an authority, in a different certificate.
     let key = KeyPair::generate().unwrap();
     let (given, shown) = (
         self_signed_by(&key, &["127.0.0.1"], authority),
@@ -236,7 +239,7 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
         }),
     );
     let (_directory, trust) = ca_file(&given.pem);
-    refused(&trust, &serves(&shown).endpoint(), &["nobody that this host trusts"]);
+    refused(&trust, &serves(&shown).endpoint(), &["not issued by an authority that this host trusts"]);
 }
 
 #[test]
@@ -251,12 +254,12 @@ fn dates_and_names_count_for_a_certificate_in_the_file() {
         params.not_before = date_time_ymd(4000, 1, 1);
     });
     let nameless = self_signed(&[], authority);
-    // To the hour, unless it changes just now: the year will do.
+    // The year is exact enough.
     let clock = format!("this host's clock says {}", &jiff::Timestamp::now().to_string()[..4]);
     for (identity, parts) in [
-        (&expired, vec!["it has expired on 2001-01-01T00:00:00Z", &clock, "renewed"]),
-        (&future, vec!["not valid yet, but from 4000-01-01T00:00:00Z on", &clock, "set the clock"]),
-        (&nameless, vec!["names no host", "subjectAltName"]),
+        (&expired, vec!["it expired on 2001-01-01T00:00:00Z", &clock, "renew the gateway's certificate"]),
+        (&future, vec!["not valid yet, only from 4000-01-01T00:00:00Z on", &clock, "set the clock"]),
+        (&nameless, vec!["contains no host name", "subjectAltName"]),
     ] {
         let (_directory, trust) = ca_file(&identity.pem);
         refused(&trust, &serves(identity).endpoint(), &parts);
@@ -271,7 +274,7 @@ fn the_systems_trust_refuses_a_private_certificate_and_says_what_to_do() {
         refused(
             &Trust::System,
             &serves(&identity).endpoint(),
-            &["nobody that this host trusts", "--ca-cert FILE", &pin],
+            &["not issued by an authority that this host trusts", "--ca-cert FILE", &pin],
         );
     }
 }
@@ -403,14 +406,14 @@ fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
     assert!(asked.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{asked}");
     assert!(asked.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="), "{asked}");
 
-    // Nobody is there any more: it is the proxy that is named, without its password.
+    // The proxy is gone: the error names it, without its password.
     let client = through(&url).unwrap();
     let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
     assert!(error.contains(&format!("through the proxy http://{address}")) && !error.contains("secret"), "{error}");
     assert!(!format!("{client:?}").contains("secret"), "{client:?}");
     let client = through(&url).unwrap();
     let error = format!("{:#}", client.get(&server.endpoint(), "/", &[]).unwrap_err());
-    assert!(error.contains("it is for gateway.example"), "{error}");
+    assert!(error.contains("it is only valid for gateway.example"), "{error}");
     let client = through("socks5://127.0.0.1:1").unwrap();
     let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
     assert!(error.contains("only http:// and https:// proxies"), "{error}");
@@ -439,10 +442,10 @@ fn redirects_stay_within_the_origin() {
     let client = client(&Trust::Insecure);
     assert_eq!(client.get(&server.endpoint(), "/here", &[]).unwrap().bytes(10).unwrap(), b"there");
     let error = |path| format!("{:#}", client.get(&server.endpoint(), path, &[]).unwrap_err());
-    assert!(error("/away").contains("another host"));
+    assert!(error("/away").contains("a different host"));
     assert_eq!(
         format!("{:#}", redirected(&"https://a:1".parse().unwrap(), "http://a:1/x").unwrap_err()),
-        "cannot follow a redirect of https://a:1 to http://a:1: it is plain http"
+        "cannot follow the redirect from https://a:1 to http://a:1: the target is plain http"
     );
     assert!(error("/loop").contains("more than 5 redirects"));
     assert_eq!(other.connections(), 0);
@@ -463,7 +466,7 @@ fn one_who_says_nothing_is_given_up() {
     let endpoint: Endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
     let short = std::time::Duration::from_millis(200);
     for (timeouts, word) in [
-        (Timeouts { connect: short, stall: short, total: None }, "nothing came for 200ms"),
+        (Timeouts { connect: short, stall: short, total: None }, "nothing was received for 200ms"),
         (Timeouts { connect: short, stall: short * 100, total: Some(short) }, "within 200ms"),
     ] {
         let client = Client::new(&Trust::Insecure, None, timeouts).unwrap();
@@ -482,12 +485,12 @@ fn one_who_drips_is_given_up_as_one_who_says_nothing() {
         let client = Client::new(&Trust::Insecure, None, Timeouts::download(stall)).unwrap();
         let reply = client.get(&server.endpoint(), "/", &[]).unwrap();
         let error = reply.reader().read_to_end(&mut Vec::new()).unwrap_err().to_string();
-        assert!(error.contains("less than 1 KiB a second came for 1s"), "{error}");
+        assert!(error.contains("less than 1 KiB/s was received for 1s"), "{error}");
     }
 }
 
-/// Answers so many requests on each connection, and resets it when the next one comes: as a server or a firewall does that has forgotten
-/// the connection, which nobody sees before something is sent on it.
+/// Answers a number of requests on each connection and resets it at the next one, as a server or firewall that has dropped the
+/// connection does; the client notices only on sending.
 fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
@@ -507,7 +510,7 @@ fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
                 }
                 stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").unwrap();
             }
-            // What has come and was not read makes the end of the connection a reset.
+            // Unread input turns the close into a reset.
             let _ = stream.peek(&mut [0]);
         }
     });
@@ -523,7 +526,7 @@ fn a_kept_connection_that_was_reset_meanwhile_costs_no_request() {
         assert_eq!(reply.bytes(10).unwrap(), b"ok");
         assert_eq!(connections.load(Ordering::SeqCst), number);
     }
-    // Whoever resets a new connection is not asked again.
+    // A request on a new connection is not retried.
     let (endpoint, connections) = forgets_after(0);
     assert!(client.post_json(&endpoint, "/x", b"body").is_err());
     assert_eq!(connections.load(Ordering::SeqCst), 1);

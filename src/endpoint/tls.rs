@@ -1,7 +1,7 @@
-//! TLS below HTTP: a connector that judges certificates as [`super::Trust`] says, for each connection anew.
+//! The TLS connector for HTTP. It verifies certificates as [`super::Trust`] says, again for each connection.
 //!
-//! It stands where ureq's own would stand, because that one can neither pin a certificate nor tell why one was refused. Sessions are
-//! not resumed: connections are kept open instead, and a certificate that was withdrawn is noticed at the next one.
+//! It replaces ureq's own connector, which can neither pin a certificate nor report why one was rejected. Sessions are not resumed:
+//! connections are persistent instead, and a withdrawn certificate is noticed at the next connection.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -21,8 +21,8 @@ use super::pins::ServerIdentity;
 use super::trust::{CertificateVerifier, Distrust, LoadedTrust, remember, shown};
 use super::{Fingerprint, end_of};
 
-/// TLS with whoever answers, whatever certificate he shows. For questions that tell no secret and whose answer is believed of nobody: a
-/// health check of a sub-agent, which runs on this host with a certificate that often names another.
+/// A TLS configuration that accepts any certificate. Only for requests that carry no secret and whose answer proves nothing: the health
+/// check of a sub-agent, which runs on this host with a certificate that often has a different name.
 pub fn with_anyone() -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     configured(CertificateVerifier::new(String::new(), LoadedTrust::Anything, Arc::clone(&provider)), provider)
@@ -38,37 +38,37 @@ fn configured(verifier: CertificateVerifier, provider: Arc<CryptoProvider>) -> R
     Ok(config)
 }
 
-/// Wraps a connection to an `https` address in TLS; leaves any other as it is.
+/// Wraps connections to `https` addresses in TLS; leaves others unchanged.
 pub(super) struct TlsConnector {
     judge: LoadedTrust,
     provider: Arc<CryptoProvider>,
-    /// Host and port of proxies that are themselves spoken to by TLS: the system's trust counts for them, not the gateway's.
+    /// Host and port of proxies reached over TLS; the system's certificates verify them, not the gateway's trust.
     proxies: Vec<String>,
     system: OnceLock<LoadedTrust>,
     seen: SharedHandshakes,
 }
 
-/// What was seen in handshakes, shared with the client.
+/// Shared with the client.
 pub(super) type SharedHandshakes = Arc<Mutex<Handshakes>>;
 
-/// What was seen in handshakes.
+/// Results of handshakes.
 #[derive(Debug, Default)]
 pub(super) struct Handshakes {
-    /// The public key that was remembered in this process's first contact.
+    /// The public key pinned at a first contact in this process.
     pub(super) first_contact: Option<Fingerprint>,
-    /// What each origin has shown last.
+    /// The last handshake of each origin.
     pub(super) last: BTreeMap<String, Handshake>,
 }
 
-/// One handshake that succeeded.
+/// A successful handshake.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Handshake {
     pub(super) shown: ServerIdentity,
-    /// When the chain ends, seconds since 1970.
+    /// Earliest expiry in the chain, seconds since 1970.
     pub(super) end: Option<u64>,
 }
 
-/// More origins than these are not kept.
+/// Limit of recorded origins.
 const MAX_ORIGINS: usize = 100;
 
 impl TlsConnector {
@@ -90,9 +90,9 @@ impl TlsConnector {
         configured(verifier, Arc::clone(&self.provider))
     }
 
-    /// After the handshake: only one who has proved to hold the key is remembered.
+    /// Runs after the handshake: a server is pinned only after it has proved that it holds the key.
     fn note(&self, origin: &str, judge: &LoadedTrust, chain: &[CertificateDer<'_>]) -> Result<()> {
-        let leaf = chain.first().context("it showed no certificate")?;
+        let leaf = chain.first().context("the server sent no certificate")?;
         let shown = shown(leaf);
         let is_first = match judge {
             LoadedTrust::FirstContact(pins) => remember(pins, origin, shown)?,
@@ -100,7 +100,7 @@ impl TlsConnector {
         };
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if is_first {
-            tracing::warn!(origin, key = %shown.pin(), "the key of the gateway's certificate is trusted at first contact");
+            tracing::warn!(origin, key = %shown.pin(), "pinned the public key of the gateway at first contact");
             seen.first_contact = Some(shown.pin());
         }
         if seen.last.len() < MAX_ORIGINS || seen.last.contains_key(origin) {
@@ -148,10 +148,10 @@ fn origin_of(uri: &Uri) -> String {
 fn server_name(uri: &Uri) -> Result<ServerName<'static>> {
     let host = uri.host().unwrap_or_default();
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    ServerName::try_from(bare.to_owned()).with_context(|| format!("{bare} is neither a host name nor an address"))
+    ServerName::try_from(bare.to_owned()).with_context(|| format!("{bare} is not a valid host name or IP address"))
 }
 
-/// The one error type that comes out of here; [`Distrust`] stays itself in it.
+/// Converts any error to the connector's error type; keeps a [`Distrust`] as it is.
 fn failed(origin: &str, error: impl Into<anyhow::Error>) -> ureq::Error {
     let error = error.into();
     let distrust = match error.downcast::<Distrust>() {
@@ -161,15 +161,16 @@ fn failed(origin: &str, error: impl Into<anyhow::Error>) -> ureq::Error {
     ureq::Error::Other(Box::new(distrust))
 }
 
-/// What went wrong in the handshake, out of the layers that it was wrapped in.
+/// Extracts the cause of a failed handshake from its wrappers.
 fn explained(origin: &str, error: io::Error) -> ureq::Error {
     let Some(inner) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
         if error.kind() == io::ErrorKind::UnexpectedEof {
-            let text =
-                format!("cannot agree on TLS with {origin}: it closed the connection; is it an http:// endpoint?");
+            let text = format!(
+                "TLS handshake with {origin} failed: the server closed the connection; is it an http:// endpoint?"
+            );
             return ureq::Error::Other(Box::new(HandshakeFailed(text)));
         }
-        // A timeout or a broken connection below; ureq unwraps its own.
+        // A timeout or a broken connection; ureq unwraps its own errors.
         return error.into();
     };
     match inner {
@@ -180,14 +181,14 @@ fn explained(origin: &str, error: io::Error) -> ureq::Error {
             }
         }
         rustls::Error::InvalidMessage(_) => ureq::Error::Other(Box::new(HandshakeFailed(format!(
-            "cannot speak TLS with {origin}: it answers something else; is it an http:// endpoint?"
+            "TLS handshake with {origin} failed: the answer is not TLS; is it an http:// endpoint?"
         )))),
         rustls::Error::InvalidCertificate(_) => failed(origin, inner.clone()),
-        other => ureq::Error::Other(Box::new(HandshakeFailed(format!("cannot agree on TLS with {origin}: {other}")))),
+        other => ureq::Error::Other(Box::new(HandshakeFailed(format!("TLS handshake with {origin} failed: {other}")))),
     }
 }
 
-/// The two ends found no common ground, before any certificate was judged.
+/// The handshake failed before a certificate was verified.
 #[derive(Debug)]
 pub(super) struct HandshakeFailed(String);
 
@@ -199,7 +200,8 @@ impl std::fmt::Display for HandshakeFailed {
 
 impl std::error::Error for HandshakeFailed {}
 
-/// An established TLS connection as ureq reads and writes it.
+/// An established TLS connection, for ureq.
+
 pub(super) struct TlsTransport {
     buffers: LazyBuffers,
     stream: StreamOwned<ClientConnection, TransportAdapter>,

@@ -1,4 +1,4 @@
-//! Where packages are on their way: directories that are their owner's alone, cleared of what nobody comes back for.
+//! The directories of packages in transit: private to their owner, and cleared of abandoned downloads.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail};
 use super::{MAX_PACKAGE_BYTES, PackagePaths, partial};
 use crate::store;
 
-/// Half a download that nobody came back for.
+/// Older partial downloads are abandoned and removed.
 pub(super) const MAX_PART_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
-/// What downloads that nobody is at may take on the disk: as much as the largest package, so that it can be gone on with too.
+/// Disk space for downloads that are not in progress: the size of the largest package, so that it can be resumed too.
 const MAX_CACHE_BYTES: u64 = MAX_PACKAGE_BYTES;
 
-/// Makes a directory that is its owner's alone, where it is missing.
+/// Creates a directory with mode 0700 if it does not exist.
 pub(super) fn make_private(directory: &Path) -> Result<()> {
     let attempt = || {
         if directory.is_dir() {
@@ -23,11 +23,11 @@ pub(super) fn make_private(directory: &Path) -> Result<()> {
         fs::create_dir_all(directory)?;
         crate::platform::set_mode(directory, 0o700)
     };
-    attempt().with_context(|| format!("cannot make {}", directory.display()))
+    attempt().with_context(|| format!("cannot create {}", directory.display()))
 }
 
-/// Clears what earlier runs left: everything in staging, downloads that nobody came back for, and the oldest of the rest beyond the
-/// cache's cap. To be called while no fetch is under way.
+/// Removes what earlier runs left: everything in staging, abandoned downloads, and the oldest of the rest beyond the cache's cap. Must not
+/// run during a fetch.
 pub fn sweep(places: &PackagePaths) -> Result<()> {
     let mut failures = Failures::default();
     for entry in entries(&places.staging)? {
@@ -39,7 +39,7 @@ pub fn sweep(places: &PackagePaths) -> Result<()> {
     failures.end()
 }
 
-/// What could not be removed: it keeps nothing else from being removed.
+/// Collects errors, so that one failed removal does not stop the others.
 #[derive(Default)]
 struct Failures(Vec<String>);
 
@@ -53,18 +53,17 @@ impl Failures {
     }
 }
 
-/// Removes downloads of files that are not wanted, or that nobody came back for, and the oldest of the rest beyond the cache's cap; none
-/// that is under way.
+/// Removes unneeded and abandoned downloads, and the oldest of the rest beyond the cache's cap. Leaves downloads in progress alone.
 pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let (mut kept, mut failures) = (Vec::new(), Failures::default());
     for entry in entries(cache)? {
         let path = entry.path();
-        // One that was done meanwhile is gone.
+        // A download that completed meanwhile no longer has a file.
         let Ok(metadata) = entry.metadata() else { continue };
         if !metadata.is_file() || partial::is_in_use(&path) {
             continue;
         }
-        // A clock that was set back makes a file young, not an error.
+        // After the clock was set back, a file in the future has age zero.
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         let age = SystemTime::now().duration_since(modified).unwrap_or_default();
         if age > MAX_PART_AGE || !partial::package_of(&path).is_some_and(&is_wanted) {
@@ -79,7 +78,7 @@ pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     failures.end()
 }
 
-/// Which files go so that the rest has at most `cap` bytes: the oldest.
+/// Returns the oldest files, whose removal leaves at most `cap` bytes.
 pub(super) fn beyond_cap(mut files: Vec<(SystemTime, u64, PathBuf)>, cap: u64) -> Vec<PathBuf> {
     files.sort();
     let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();

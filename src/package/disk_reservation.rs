@@ -1,7 +1,7 @@
-//! Room on the disk for packages that are fetched at the same time: what one was promised is not there for the next.
+//! Reserves disk space for concurrent fetches, so that two fetches do not count on the same free space.
 //!
-//! Two packages may each fit alone and not together. One of them then waits until another is done, and fails only where nobody is left to
-//! wait for. A package whose size nobody told claims more as it comes, and so does a tree that turns out larger than was thought.
+//! Two packages may each fit alone but not together. Then one waits until the other completes, and fails only if no other fetch can release
+//! space. A package of unknown size reserves more as it arrives, and so does a tree that is larger than estimated.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,19 +15,19 @@ use anyhow::{Context, Result};
 use crate::core::units::Size;
 use crate::platform;
 
-/// Left free for everybody else on the host, bytes.
+/// Bytes left free for everything else on the host.
 const RESERVE: u64 = 64 << 20;
-/// Room that a package needs for its archive and its tree, as a multiple of the archive.
+/// Space for a package's archive and tree, as a multiple of the archive's size.
 const PER_PACKAGE: u64 = 4;
-/// For a package whose size is not known, and for a tree that is larger than was thought, so many bytes are claimed at a time.
+/// Bytes reserved at a time for a package of unknown size, or a tree that is larger than estimated.
 const STEP: u64 = 16 << 20;
-/// How often who waits asks whether it is still worth it.
+/// How often a waiting fetch checks for cancellation.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Asked by who waits; an error ends the waiting.
+/// Called while waiting; an error stops the wait.
 type StillWanted<'a> = dyn FnMut() -> Result<()> + 'a;
 
-/// What was promised to fetches that are under way.
+/// The reservations of all fetches in progress.
 #[derive(Debug, Default)]
 pub(super) struct DiskReservations {
     promised: Mutex<Filesystem>,
@@ -42,11 +42,11 @@ struct Filesystem {
 
 #[derive(Debug, Default)]
 struct FetchReservation {
-    /// Bytes that it was promised and has yet to write.
+    /// Bytes reserved and not yet written.
     to_write: u64,
-    /// It was promised something, and gives back what is left of it at its end.
+    /// It has reserved space, which it releases when it completes.
     holds: bool,
-    /// It cannot go on, and so gives nothing back, before others do.
+    /// It waits for others to release space, and releases none before.
     waits: bool,
 }
 
@@ -56,7 +56,7 @@ impl Filesystem {
     }
 }
 
-/// There is no room, and nobody who will make any. It is this host that is to be looked after, not the package.
+/// Not enough disk space, and no other fetch will release any. The cause is this host, not the package.
 #[derive(Debug)]
 pub(super) struct InsufficientSpace(String);
 
@@ -69,7 +69,7 @@ impl fmt::Display for InsufficientSpace {
 impl std::error::Error for InsufficientSpace {}
 
 impl DiskReservations {
-    /// For one fetch; nothing is promised to it yet.
+    /// Registers a fetch, with nothing reserved yet.
     fn claim(&self) -> Reservation<'_> {
         let mut promised = self.lock();
         promised.last += 1;
@@ -78,19 +78,19 @@ impl DiskReservations {
         Reservation { space: self, number }
     }
 
-    /// Bytes that are promised and not yet written.
+    /// Bytes reserved and not yet written, of all fetches.
     #[cfg(test)]
     pub(super) fn promised(&self) -> u64 {
         self.lock().claims.values().map(|claimed| claimed.to_write).sum()
     }
 
-    /// Held for a moment only, and nothing under it panics.
+    /// Held briefly; no code that holds it panics.
     fn lock(&self) -> MutexGuard<'_, Filesystem> {
         self.promised.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What one fetch was promised; given back when this is dropped.
+/// The reservation of one fetch, released when this is dropped.
 #[derive(Debug)]
 struct Reservation<'a> {
     space: &'a DiskReservations,
@@ -98,8 +98,8 @@ struct Reservation<'a> {
 }
 
 impl Reservation<'_> {
-    /// Is promised room for so many bytes more, of which `free` says how many there are in `directory`; waits until `until` for others to
-    /// be done. One that fails gives back at once what it was promised.
+    /// Reserves `bytes` more. `free` returns the free space in `directory`. Waits until `until` for other fetches to release space; on
+    /// failure, releases all that this fetch has reserved.
     fn grow(
         &self,
         bytes: u64,
@@ -126,7 +126,7 @@ impl Reservation<'_> {
         let mut promised = self.space.lock();
         loop {
             let there =
-                free().with_context(|| format!("cannot see how much space is free in {}", directory.display()))?;
+                free().with_context(|| format!("cannot determine the free space in {}", directory.display()))?;
             let others: u64 = promised.others(self.number).map(|claimed| claimed.to_write).sum();
             let own = promised.claims.get(&self.number).map_or(0, |claimed| claimed.to_write);
             let needed = own.saturating_add(bytes).saturating_add(RESERVE);
@@ -140,10 +140,10 @@ impl Reservation<'_> {
             if is_hopeless || left.is_zero() {
                 let beside = match others {
                     0 => String::new(),
-                    others => format!(", and {} for others that are being fetched", rounded(others)),
+                    others => format!(", and {} for other downloads", rounded(others)),
                 };
                 let why = format!(
-                    "there is not enough space in {}: {} free, {} needed{beside}; free some there",
+                    "not enough disk space in {}: {} free, {} needed{beside}; free some space there",
                     directory.display(),
                     rounded(there),
                     rounded(needed)
@@ -157,7 +157,7 @@ impl Reservation<'_> {
         }
     }
 
-    /// So many bytes of what it was promised do not lie on the disk yet.
+    /// Sets how many of the reserved bytes are not written yet.
     fn has_to_write(&self, bytes: u64) {
         if let Some(claimed) = self.space.lock().claims.get_mut(&self.number) {
             claimed.to_write = bytes;
@@ -176,31 +176,31 @@ impl Drop for Reservation<'_> {
     }
 }
 
-/// The room for one package, from its first byte to its unpacked tree.
+/// The space for one package, from its first byte to its unpacked tree.
 #[derive(Debug)]
 pub(super) struct PackageSpace<'a> {
     claim: Reservation<'a>,
     directory: &'a Path,
     until: Instant,
-    /// What was promised in all.
+    /// Total reserved.
     promised: u64,
-    /// What of that lies on the disk, of the archive and of its tree.
+    /// Bytes of the archive and of the tree that are written.
     archive: u64,
     tree: u64,
 }
 
 impl<'a> PackageSpace<'a> {
-    /// None yet, on the file system of `directory`. For more, others are waited for until `until`.
+    /// Reserves nothing yet, on the file system of `directory`. Later reservations wait until `until` for others.
     pub(super) fn new(space: &'a DiskReservations, directory: &'a Path, until: Instant) -> PackageSpace<'a> {
         PackageSpace { claim: space.claim(), directory, until, promised: 0, archive: 0, tree: 0 }
     }
 
-    /// Sees to it that a package of so many bytes fits, with its tree.
+    /// Reserves space for a package of this size and its tree.
     pub(super) fn fit(&mut self, package: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
         self.promise(package.saturating_mul(PER_PACKAGE), still_wanted)
     }
 
-    /// As [`PackageSpace::fit`], for one whose size is not known: so many bytes of it, and some more.
+    /// Like [`PackageSpace::fit`], for a package of unknown size of which `come` bytes have arrived: reserves ahead.
     pub(super) fn fit_more(&mut self, come: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
         let needed = come.saturating_mul(PER_PACKAGE);
         if needed > self.promised {
@@ -209,13 +209,13 @@ impl<'a> PackageSpace<'a> {
         Ok(())
     }
 
-    /// So many bytes of the archive lie on the disk.
+    /// Sets how many bytes of the archive are written.
     pub(super) fn has_archive(&mut self, bytes: u64) {
         self.archive = bytes;
         self.tell();
     }
 
-    /// So many bytes more of the tree will lie there next.
+    /// Accounts for `bytes` of the tree that will be written next.
     pub(super) fn unpacks(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
         let there = self.archive.saturating_add(self.tree).saturating_add(bytes);
         if there > self.promised {
@@ -227,7 +227,7 @@ impl<'a> PackageSpace<'a> {
     }
 
     fn promise(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
-        // What lies there already needs no room.
+        // Bytes that are already written need no reservation.
         let more = bytes.saturating_sub(self.promised.max(self.archive.saturating_add(self.tree)));
         if bytes > self.promised {
             let directory = self.directory;
@@ -257,12 +257,12 @@ pub(super) mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// What is told where there is no room.
+    /// The error for insufficient space.
     pub(in crate::package) fn short() -> anyhow::Error {
         claim(&DiskReservations::default(), 0, 1, soon()).unwrap_err()
     }
 
-    /// Promises all room that there is to somebody else, until it is dropped.
+    /// Reserves all space for another fetch, until it is dropped.
     pub(in crate::package) fn all_taken(space: &DiskReservations) -> impl Drop + '_ {
         let claim = space.claim();
         space
@@ -285,7 +285,7 @@ pub(super) mod tests {
         grow(&claim, free, bytes, until).map(|()| claim)
     }
 
-    /// One that is seen to wait, once it does.
+    /// Returns when that fetch waits.
     fn waits_for(space: &DiskReservations, number: u64) {
         while !space.lock().claims.get(&number).is_some_and(|claimed| claimed.waits) {
             std::thread::yield_now();
@@ -295,12 +295,12 @@ pub(super) mod tests {
     #[test]
     fn what_does_not_fit_alone_is_refused_at_once_with_the_figures() {
         let space = DiskReservations::default();
-        // Who is promised nothing yet is none to wait for.
+        // A fetch without a reservation releases nothing, so it is not waited for.
         let (_idle, began) = (space.claim(), Instant::now());
         let error = claim(&space, 100 * MIB, 40 * MIB, soon()).unwrap_err();
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
         assert!(error.is::<InsufficientSpace>());
-        assert_eq!(error.to_string(), "there is not enough space in /x: 100MiB free, 104MiB needed; free some there");
+        assert_eq!(error.to_string(), "not enough disk space in /x: 100MiB free, 104MiB needed; free some space there");
         claim(&space, 104 * MIB, 40 * MIB, soon()).unwrap();
         assert!(claim(&space, u64::MAX - 1, u64::MAX, soon()).is_err());
     }
@@ -311,8 +311,8 @@ pub(super) mod tests {
         let first_is_done = AtomicBool::new(false);
         let first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
         let error = claim(&space, 120 * MIB, 40 * MIB, Instant::now()).unwrap_err().to_string();
-        assert!(error.contains("40MiB for others"), "{error}");
-        // What the first has written is not promised to it any more, and not free either.
+        assert!(error.contains("40MiB for other downloads"), "{error}");
+        // Bytes that the first has written are no longer reserved, and not free either.
         first.has_to_write(10 * MIB);
         assert!(claim(&space, 90 * MIB, 40 * MIB, Instant::now()).is_err());
         let second = space.claim();
@@ -343,8 +343,8 @@ pub(super) mod tests {
             let waiting = scope.spawn(|| grow(&first, 200 * MIB, 40 * MIB, soon()));
             waits_for(&space, number);
             let error = grow(&second, 200 * MIB, 40 * MIB, soon()).unwrap_err().to_string();
-            assert!(error.contains("164MiB needed, and 60MiB for others"), "{error}");
-            // It gave back what it had before it is gone, and the other one goes on.
+            assert!(error.contains("164MiB needed, and 60MiB for other downloads"), "{error}");
+            // It has released its reservation already, so the other one continues.
             waiting.join().unwrap().unwrap();
         });
         assert_eq!(space.promised(), 100 * MIB);
@@ -371,7 +371,7 @@ pub(super) mod tests {
         let (space, place) = (DiskReservations::default(), std::env::temp_dir());
         let mut room = PackageSpace::new(&space, &place, soon());
         let wanted: &mut StillWanted<'_> = &mut || Ok(());
-        // Known beforehand, and some of it there already.
+        // Known size, partly received.
         room.has_archive(100);
         room.fit(1000, wanted).unwrap();
         room.fit(1000, wanted).unwrap();
@@ -379,16 +379,17 @@ pub(super) mod tests {
         room.has_archive(1000);
         room.unpacks(2500, wanted).unwrap();
         assert_eq!(space.promised(), 500);
-        // A tree larger than was thought: the rest was not promised to others either.
+        // The tree is larger than estimated: reserve more.
         room.unpacks(600, wanted).unwrap();
         assert_eq!(space.promised(), STEP);
-        // It comes once more, from its beginning.
+        // The download starts again.
         room.has_archive(0);
         assert_eq!(space.promised(), STEP + 1000);
         drop(room);
         assert_eq!(space.promised(), 0);
 
-        // Nobody told its size.
+        // Unknown size.
+
         let mut room = PackageSpace::new(&space, &place, soon());
         for (come, promised) in [(1, 4 + STEP), (STEP / 4 + 1, 4 + STEP), (STEP / 4 + 2, 8 + 2 * STEP)] {
             room.fit_more(come, wanted).unwrap();

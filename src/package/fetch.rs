@@ -1,9 +1,9 @@
-//! Brings a package's archive and its signature onto this host, over networks that break.
+//! Downloads a package's archive and signature over unreliable networks.
 //!
-//! A download that was cut goes on where it stopped, in this run or in a later one, if the other end still has the very same file: its
-//! ETag is kept beside the part and sent as `If-Range`. Another source may know the same file by another ETag: where size and hash were
-//! announced, it is asked for the rest all the same. What is no part of that file (a page of somebody in between, another size) does not
-//! touch what is there. The bytes are judged by [`super::verify`] as they come; what was put together wrongly costs one more download.
+//! An interrupted download is resumed, in this run or a later one, if the server still has the same file: its ETag is kept beside the
+//! partial file and sent as `If-Range`. Another source may have a different ETag for the same file; if size and hash were announced, the
+//! rest is requested without `If-Range`. A response that is not part of the file (an HTML page of a proxy, a wrong size) leaves the partial
+//! file unchanged. [`super::verify`] verifies the bytes as they arrive, so a wrongly combined file costs one more download.
 
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -21,26 +21,26 @@ use crate::endpoint::{self, HttpResponse};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// Tries at a download that breaks without getting further.
+/// Consecutive attempts without progress.
 const TRIES: u32 = 5;
-/// A try that brought as much as this was worth it, and does not count.
+/// An attempt that received at least this much counts as progress.
 const WORTHWHILE_BYTES: u64 = 1 << 20;
-/// Tries in all: one who always sends the same megabyte is not listened to for ever.
+/// Total attempts, against a server that always sends the same megabyte.
 const TRIES_IN_ALL: u32 = 100;
 const FIRST_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 250 });
-/// A source that asks to be left alone for longer is left to a later fetch.
+/// A source with a longer `Retry-After` is left to a later fetch.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 
-/// Why a source did not give what was wanted.
+/// Why a source failed to deliver.
 #[derive(Debug)]
 pub(super) enum SourceFailure {
-    /// Another source may.
+    /// Another source may succeed.
     Source { error: anyhow::Error, retry_after: Option<Duration> },
-    /// Its time is over; what came is kept.
+    /// The time limit of the source is over; the bytes received are kept.
     Late(anyhow::Error),
-    /// What it gave is not what was signed; another source may have it, or the same one the next time.
+    /// The data does not match the signature; another source, or another download, may be good.
     Damaged(anyhow::Error),
-    /// The reason lies on this host: no other source would help.
+    /// The cause is on this host: another source would not help.
     Host(anyhow::Error),
 }
 
@@ -56,11 +56,11 @@ impl SourceFailure {
     }
 }
 
-/// Why a try failed.
+/// Why an attempt failed.
 enum TryFailure {
-    /// Another try may get further: how far this one got, and how long to wait if the other end said so.
+    /// Another attempt may get further: bytes received by this one, and the server's `Retry-After`.
     Cut { error: anyhow::Error, brought: u64, pause: Option<Duration> },
-    /// Another try would fail as well.
+    /// Another attempt would fail as well.
     Final(SourceFailure),
 }
 
@@ -84,13 +84,13 @@ impl From<DownloadCancelled> for TryFailure {
     }
 }
 
-/// What is downloaded, and within what.
+/// What to download, from where, and the time limit.
 pub(super) struct Download<'a> {
     pub(super) means: &'a FetchContext<'a>,
     pub(super) source: &'a PackageSource,
     pub(super) file: &'a str,
     pub(super) wanted: &'a PackageRequest,
-    /// So long the source has, which is over at `until`.
+    /// The time limit of the source, which ends at `until`.
     pub(super) time: Duration,
     pub(super) until: Instant,
 }
@@ -100,15 +100,15 @@ impl Download<'_> {
         Instant::now() >= self.until
     }
 
-    /// What is told of a source that took too long.
+    /// The error text after the time limit.
     fn late(&self) -> String {
         let within = self.means.within;
-        // It had all of the time, but for what went by before.
+        // The source had nearly all of the time.
         let share = match self.time + within / 20 >= within {
             true => format!("{} (downloadTimeout)", Span(within)),
             false => format!("{}, its share of {} (downloadTimeout)", Span(to_a_tenth(self.time)), Span(within)),
         };
-        format!("it did not come from {} within {share}", self.source)
+        format!("the download from {} did not complete within {share}", self.source)
     }
 }
 
@@ -119,7 +119,7 @@ fn to_a_tenth(time: Duration) -> Duration {
     }
 }
 
-/// Downloads a package's signature, which is text at least.
+/// Downloads a package's signature file, which must be text.
 pub(super) fn signature(download: &Download<'_>, watch: &mut DownloadProgress<'_>) -> Result<String, SourceFailure> {
     let Download { means, source, until, .. } = *download;
     let name = format!("{}{SIGNATURE_SUFFIX}", download.file);
@@ -130,9 +130,9 @@ pub(super) fn signature(download: &Download<'_>, watch: &mut DownloadProgress<'_
             200 => {
                 let bytes = reply.bytes(MAX_SIGNATURE_BYTES).map_err(TryFailure::cut)?;
                 let text =
-                    String::from_utf8(bytes).context("its signature file is not text").map_err(TryFailure::cut)?;
+                    String::from_utf8(bytes).context("the signature file is not text").map_err(TryFailure::cut)?;
                 match text.trim_start().starts_with('<') {
-                    true => Err(TryFailure::cut(source.hidden("no signature, but markup"))),
+                    true => Err(TryFailure::cut(source.hidden("markup instead of a signature"))),
                     false => Ok(text),
                 }
             }
@@ -142,7 +142,7 @@ pub(super) fn signature(download: &Download<'_>, watch: &mut DownloadProgress<'_
     })
 }
 
-/// Downloads a package into its part, until it is whole.
+/// Downloads the rest of a package into its partial file.
 pub(super) fn archive(
     download: &Download<'_>,
     part: &mut PartialDownload<'_>,
@@ -155,7 +155,7 @@ pub(super) fn archive(
         let most = MAX_PACKAGE_BYTES;
         if size > most {
             return Err(SourceFailure::source(
-                anyhow!("it has {size} bytes, more than {most}").context(PackageRejected),
+                anyhow!("the package has {size} bytes, more than the limit of {most}").context(PackageRejected),
             ));
         }
         fit(size, room, watch)?;
@@ -180,12 +180,12 @@ pub(super) fn archive(
             200 if etag.is_some() && is_known => {
                 by = Resume::Blindly;
                 Err(TryFailure::cut(anyhow!(
-                    "{source} knows {file} by another ETag, and is asked for the rest of it anyway"
+                    "{source} has a different ETag for {file}; requesting the rest without If-Range"
                 )))
             }
-            // One who does not even say how much it is has no right to what is there.
+            // A response without even a length must not replace the bytes received so far.
             200 if have > 0 && reply.length().is_none() && is_known => {
-                Err(TryFailure::cut(anyhow!("{source} answers with something else, of no stated length")))
+                Err(TryFailure::cut(anyhow!("{source} answered a range request with a whole file of unknown length")))
             }
             200 => {
                 let total = reply.length();
@@ -212,7 +212,7 @@ pub(super) fn archive(
                     }
                 }
             }
-            // All of it was there already.
+            // All bytes were received already.
             416 if have > 0 && reply.header("content-range") == Some(format!("bytes */{have}").as_str()) => Ok(()),
             416 => {
                 by = Resume::Never;
@@ -222,23 +222,23 @@ pub(super) fn archive(
             _ => Err(refused(reply)),
         }
     })?;
-    // Its size may be known only now.
+    // The size may be known only now.
     fit(part.have(), room, watch)
 }
 
-/// How a download is gone on with.
+/// How an interrupted download continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Resume {
-    /// If the source has the very file that was begun with, by its ETag.
+    /// If the source's ETag is that of the partial file.
     IfSame,
-    /// Whatever the source calls it: what it must be is known.
+    /// Whatever ETag the source has: size and hash are known.
     Blindly,
-    /// From its first byte.
+    /// From the first byte.
     Never,
 }
 
-/// Whether an answer is of the file that a part is of. Who sent none of it must say so: one who does not know `If-Range` sends the rest of
-/// some other file, and that is found out only at its end.
+/// Whether a range response belongs to the same file as the partial one. Another origin must confirm the ETag: a server that ignores
+/// `If-Range` could send the rest of a different file, which would be noticed only at the end.
 fn is_same(reply: &HttpResponse, part: &PartialDownload<'_>, source: &PackageSource) -> bool {
     let known = part.resumable().map(|(_, etag)| etag);
     match reply.header("etag") {
@@ -249,17 +249,21 @@ fn is_same(reply: &HttpResponse, part: &PartialDownload<'_>, source: &PackageSou
 
 fn unresumable(part: &mut PartialDownload<'_>, source: &PackageSource, file: &str) -> TryFailure {
     part.forget();
-    TryFailure::cut(anyhow!("{} cannot resume the download of {file}", source.directory.origin()))
+    TryFailure::cut(anyhow!(
+        "{} cannot resume the download of {file}; downloading it from the start",
+        source.directory.origin()
+    ))
 }
 
-/// What does not have the announced size is something else.
+/// Rejects a response whose size differs from the announced one, or exceeds the limit.
 fn fits(total: Option<u64>, wanted: &PackageRequest) -> Result<(), TryFailure> {
     match (total, wanted.size) {
         (Some(total), Some(announced)) if total != announced => Err(TryFailure::cut(
-            anyhow!("it has {total} bytes where {announced} were announced").context(PackageRejected),
+            anyhow!("the size is {total} bytes, but {announced} were announced").context(PackageRejected),
         )),
         (Some(total), None) if total > MAX_PACKAGE_BYTES => Err(TryFailure::source(
-            anyhow!("it has {total} bytes, more than {MAX_PACKAGE_BYTES}").context(PackageRejected),
+            anyhow!("the package has {total} bytes, more than the limit of {MAX_PACKAGE_BYTES}")
+                .context(PackageRejected),
         )),
         _ => Ok(()),
     }
@@ -269,7 +273,7 @@ fn fit(size: u64, room: &mut PackageSpace<'_>, watch: &mut DownloadProgress<'_>)
     room.fit(size, &mut || Ok(watch.still_wanted()?)).map_err(SourceFailure::Host)
 }
 
-/// Writes a body behind what is there of it.
+/// Appends a response body to the partial file.
 fn receive(
     download: &Download<'_>,
     reply: HttpResponse,
@@ -294,7 +298,8 @@ fn receive(
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => {
                 let done = part.have();
-                let error = anyhow::Error::new(error).context(format!("the download broke off after {done} bytes"));
+                let error =
+                    anyhow::Error::new(error).context(format!("the download was interrupted after {done} bytes"));
                 return Err(TryFailure::Cut { error, brought: done - at, pause: None });
             }
         };
@@ -302,12 +307,14 @@ fn receive(
             break;
         }
         if done > limit {
-            // Whatever else it sends is no part of the package, and nothing of it may be either.
+            // The excess shows that this is a different file, so discard all of it.
             part.clear().map_err(TryFailure::host)?;
-            return Err(TryFailure::source(anyhow!("it has more than {limit} bytes").context(PackageRejected)));
+            return Err(TryFailure::source(
+                anyhow!("the package has more than {limit} bytes").context(PackageRejected),
+            ));
         }
         room.fit_more(done, &mut || Ok(watch.still_wanted()?)).map_err(|error| {
-            // What does not fit helps nobody, and takes the space from everybody.
+            // A partial file that cannot be completed only takes space from others.
             if error.is::<InsufficientSpace>() {
                 let _ = part.clear();
             }
@@ -325,7 +332,7 @@ fn receive(
             return Err(TryFailure::Final(SourceFailure::Late(too_late(download, done, total, is_kept))));
         }
     }
-    // Who does not want it any more may have ended the connection.
+    // A cancellation may have closed the connection.
     watch.still_wanted()?;
     let done = part.have();
     match total {
@@ -340,14 +347,14 @@ fn receive(
 fn too_late(download: &Download<'_>, done: u64, total: Option<u64>, is_kept: bool) -> anyhow::Error {
     let of = total.map(|total| format!(" of {total}")).unwrap_or_default();
     let next = if is_kept {
-        "the next try goes on from there"
+        "the next attempt resumes there"
     } else {
-        "the next try begins anew, as who sent them does not say which file they are of (ETag)"
+        "the next attempt starts from the beginning, because the server sent no ETag"
     };
-    anyhow!("{}; {done}{of} bytes are there, and {next}", download.late())
+    anyhow!("{}; {done}{of} bytes were received; {next}", download.late())
 }
 
-/// Tries again what was cut, until it is done, hopeless, cut too often, takes too long, or is not wanted any more.
+/// Retries until success, a final error, the limit of attempts, the time limit, or cancellation.
 fn persistently<T>(
     what: &str,
     download: &Download<'_>,
@@ -355,7 +362,7 @@ fn persistently<T>(
     mut attempt: impl FnMut(&mut DownloadProgress<'_>) -> Result<T, TryFailure>,
 ) -> Result<T, SourceFailure> {
     let (mut tries, mut all) = (0, 0);
-    let late = || format!("{}; the next try goes on", download.late());
+    let late = || format!("{}; the next attempt resumes", download.late());
     loop {
         all += 1;
         watch.still_wanted()?;
@@ -372,34 +379,34 @@ fn persistently<T>(
         };
         watch.still_wanted()?;
         if let Some(asked) = pause.filter(|pause| *pause > MAX_PAUSE) {
-            let error = error.context(format!("it asks to be left alone for {}", Span(asked)));
+            let error = error.context(format!("the server asks for a retry after {} (Retry-After)", Span(asked)));
             return Err(SourceFailure::Source { error, retry_after: Some(asked) });
         }
         if tries >= TRIES || all >= TRIES_IN_ALL {
-            let error = error.context(format!("gave up after {all} tries"));
+            let error = error.context(format!("gave up after {all} attempts"));
             return Err(SourceFailure::Source { error, retry_after: pause });
         }
         let waits = pause.unwrap_or_else(|| backed_off(tries));
         if Instant::now() + waits >= download.until {
             let error = error.context(late());
             return Err(match pause {
-                // It is not asked again before the time that it wished for is over.
+                // A later fetch respects the Retry-After.
                 Some(_) => SourceFailure::Source { error, retry_after: pause },
                 None => SourceFailure::Late(error),
             });
         }
-        tracing::warn!(file = what, error = format!("{error:#}"), tries, "a download was cut and is tried again");
+        tracing::warn!(file = what, error = format!("{error:#}"), tries, "a download attempt failed; retrying");
         watch.pause(waits)?;
     }
 }
 
-/// Twice as long each time, and half of it at random.
+/// Exponential back-off; half of the delay is random.
 fn backed_off(tries: u32) -> Duration {
     let full = FIRST_PAUSE * 2_u32.saturating_pow(tries.saturating_sub(1).min(7));
     full / 2 + (full / 2).mul_f64(fastrand::f64())
 }
 
-/// One who cannot be reached at all is left to the next source, where there is one; not so in mid-download.
+/// An unreachable source is retried only if it is the last, or in mid-download; else the next source is tried.
 fn answered(reply: Result<HttpResponse>, is_patient: bool) -> Result<HttpResponse, TryFailure> {
     reply.map_err(|error| match is_patient && endpoint::may_pass(&error) {
         true => TryFailure::cut(error),
@@ -417,7 +424,7 @@ fn refused(reply: HttpResponse) -> TryFailure {
     }
 }
 
-/// A part of a file, as it was sent.
+/// A `Content-Range`.
 #[derive(Debug, PartialEq, Eq)]
 struct ContentRange {
     from: u64,
@@ -428,7 +435,7 @@ fn range_of(reply: &HttpResponse) -> Option<ContentRange> {
     range(reply.header("content-range")?)
 }
 
-/// Reads `bytes 10-99/100`, or `bytes 10-99/*`.
+/// Parses `bytes 10-99/100`, or `bytes 10-99/*`.
 fn range(text: &str) -> Option<ContentRange> {
     let (part, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (from, last) = part.split_once('-')?;
@@ -440,13 +447,15 @@ fn range(text: &str) -> Option<ContentRange> {
     (from <= last && total.is_none_or(|total| last < total)).then_some(ContentRange { from, total })
 }
 
-/// Says it plainly when the disk is full.
+/// Adds the remedy if the disk or quota is full.
 pub(super) fn unwritable(error: std::io::Error, directory: &Path) -> anyhow::Error {
     let directory = directory.display();
     let context = match error.kind() {
-        ErrorKind::StorageFull => format!("there is no space left in {directory}; free some there"),
-        ErrorKind::QuotaExceeded => format!("the quota is used up in {directory}; free some there, or raise it"),
-        _ => format!("cannot write in {directory}"),
+        ErrorKind::StorageFull => format!("no space left in {directory}; free some space there"),
+        ErrorKind::QuotaExceeded => {
+            format!("the disk quota is exhausted in {directory}; free some space there, or raise the quota")
+        }
+        _ => format!("cannot write to {directory}"),
     };
     anyhow::Error::new(error).context(context)
 }

@@ -1,4 +1,4 @@
-//! What tells a package that was refused from one that could not be had: the first is worth an operator's look at who sent it.
+//! Distinguishes a rejected package, which may point to a problem at its source, from one that is unavailable.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -8,18 +8,17 @@ use super::progress::DownloadCancelled;
 use super::{Unavailable, WithdrawnRelease};
 use crate::endpoint::{Distrust, ForeignRedirect};
 
-/// Stands in the chain of an error whose package was looked at and refused: by its signature, by what it was announced as, or by what is in it.
+/// Marks, in an error's chain, that a package was rejected: for its signature, a mismatch with its announcement, or its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackageRejected;
 
 impl fmt::Display for PackageRejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the package is refused")
+        f.write_str("the package is rejected")
     }
 }
 
-/// Whether an error says that somebody or something was looked at and not trusted: a package, a release that was withdrawn, a certificate,
-/// a redirect elsewhere.
+/// Whether an error is a rejection or a lack of trust: of a package, a withdrawn release, a certificate, or a redirect to another server.
 pub fn is_refusal(error: &anyhow::Error) -> bool {
     let by_source = error.downcast_ref::<Unavailable>().is_some_and(|unavailable| unavailable.refused);
     by_source
@@ -29,14 +28,13 @@ pub fn is_refusal(error: &anyhow::Error) -> bool {
         || error.is::<ForeignRedirect>()
 }
 
-/// Marks why a package could not be unpacked, unless this host is why.
+/// Marks an unpacking error as a rejection, unless its cause is on this host.
 pub(super) fn by_content(error: anyhow::Error) -> anyhow::Error {
     if error.chain().any(is_of_host) { error } else { error.context(PackageRejected) }
 }
 
-/// Whether a cause has nothing to do with what is in a package: it is not wanted any more, there is no room for it, or the system failed us
-/// (a full disk, one that cannot be read or written, too many open files). What makes sense of an archive has errors of its own kinds only,
-/// and no number of the system's.
+/// Whether a cause is independent of the package's content: cancellation, lack of disk space, or a failed system call (full disk,
+/// unreadable or unwritable disk, too many open files). Archive readers return only their own error kinds, without an OS error number.
 fn is_of_host(cause: &(dyn std::error::Error + 'static)) -> bool {
     let of_system = |error: &std::io::Error| {
         error.raw_os_error().is_some()
@@ -59,11 +57,10 @@ mod tests {
     #[test]
     fn what_fails_on_this_host_is_not_refused_and_what_is_wrong_with_a_package_is() {
         let numbered = io::Error::from_raw_os_error;
-        // As tar passes on what it could not read.
+        // As tar wraps an error of its reader.
         let wrapped = |error: io::Error| io::Error::new(error.kind(), error);
         let of_host: Vec<anyhow::Error> = vec![
-            // Access, memory, too many open files, no space, read-only, quota, an input or output error, and what a file system may say of
-            // a name that it cannot hold.
+            // EINVAL (a name that a file system cannot hold), EACCES, ENOMEM, EMFILE, ENOSPC, EROFS, EDQUOT, EIO.
             numbered(22).into(),
             numbered(13).into(),
             numbered(12).into(),
@@ -84,9 +81,9 @@ mod tests {
             assert!(!is_refusal(&error), "{told}");
         }
         let of_package: Vec<anyhow::Error> = vec![
-            anyhow!("there are two of it"),
+            anyhow!("duplicate entry"),
             io::Error::other("corrupt").into(),
-            io::Error::new(ErrorKind::InvalidData, "its checksum is another").into(),
+            io::Error::new(ErrorKind::InvalidData, "checksum mismatch").into(),
             wrapped(io::Error::new(ErrorKind::InvalidInput, "corrupt deflate stream")).into(),
             io::Error::from(ErrorKind::UnexpectedEof).into(),
         ];

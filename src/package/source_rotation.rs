@@ -1,36 +1,36 @@
-//! Whose turn it is to serve a package, and for how long. Pure: what a turn brought is told to it.
+//! The order and the time limits in which sources are tried. Pure: the caller reports the result of each attempt.
 //!
-//! A source that is slow, but not so slow that it counts as stalled, must not use up the time of those behind it; nor one that sends damage
-//! the tries of a good one. So each has its share of the time that is left, and one more try after damage. Who was late, or sent damage, is
-//! asked again after the others had their turn.
+//! A source that is slow, but not slow enough to count as stalled, must not use up the time of the sources after it, nor may damaged data
+//! from one source use up the attempts of a good one. So each source has a share of the remaining time, and one more attempt after damaged
+//! data. A source that timed out or sent damaged data is tried again after the others.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// A share shorter than this is none: a connection alone may take ten seconds.
+/// The shortest useful share: a connection alone may take ten seconds.
 const LEAST: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 15_000 });
-/// What came damaged is fetched from the same source again so often.
+/// Further attempts at a source that sent damaged data.
 const REFETCHES: u32 = 1;
-/// All sources together send damage so often at most, and then nobody is asked any more in this fetch.
+/// Limit for damaged downloads from all sources together; the fetch then stops.
 const MOST_DAMAGES: u32 = 4;
 
-/// One source's turn.
+/// One attempt at one source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SourceAttempt {
-    /// Its number, in the order of the sources.
+    /// Index in the list of sources.
     pub(super) source: usize,
-    /// So long it has.
+    /// Time limit of the attempt.
     pub(super) time: Duration,
 }
 
-/// Who is asked next.
+/// The sources still to try.
 #[derive(Debug)]
 pub(super) struct SourceRotation {
-    /// In this round.
+    /// The current round.
     queue: VecDeque<usize>,
-    /// In the next one.
+    /// The next round.
     again: VecDeque<usize>,
-    /// How often each sent damage.
+    /// Damaged downloads of each source.
     damages: Vec<u32>,
 }
 
@@ -39,7 +39,7 @@ impl SourceRotation {
         SourceRotation { queue: (0..sources).collect(), again: VecDeque::new(), damages: vec![0; sources] }
     }
 
-    /// The next turn, where so much time is left for all; the last one of a round has all of it.
+    /// The next attempt, given the time left for all; the last of a round gets all of it.
     pub(super) fn next(&mut self, left: Duration) -> Option<SourceAttempt> {
         if left.is_zero() {
             return None;
@@ -52,14 +52,14 @@ impl SourceRotation {
         Some(SourceAttempt { source, time: share.max(LEAST).min(left) })
     }
 
-    /// Its time was over before the package had come, and so much is left for all.
+    /// The source timed out. `left`: the time left for all.
     pub(super) fn late(&mut self, source: usize, left: Duration) {
         if left >= LEAST {
             self.again.push_back(source);
         }
     }
 
-    /// What it sent was damaged. Whether anybody is asked after that.
+    /// The source sent damaged data. Returns whether any attempt is left.
     pub(super) fn damaged(&mut self, source: usize) -> bool {
         if let Some(damages) = self.damages.get_mut(source) {
             *damages += 1;
@@ -92,13 +92,13 @@ mod tests {
         let mut turns = SourceRotation::new(3);
         assert_eq!(turns.next(S(600)), turn(0, 200));
         turns.late(0, S(400));
-        // What the second did not use is the third's.
+        // The third gets the time that the second did not use.
         assert_eq!(turns.next(S(400)), turn(1, 200));
         assert_eq!(turns.next(S(390)), turn(2, 390));
-        // And what that one did not use is for who was late.
+        // The source that timed out gets the time that the third did not use.
         assert_eq!(turns.next(S(300)), turn(0, 300));
         assert_eq!(turns.next(S(200)), None);
-        // With too little left it is not worth another turn.
+        // Too little time is left for another attempt.
         turns.late(0, LEAST / 2);
         assert_eq!(turns.next(LEAST / 2), None);
         turns.late(0, LEAST);
@@ -114,14 +114,14 @@ mod tests {
 
     #[test]
     fn damage_of_one_source_takes_no_try_from_another() {
-        // One alone: fetched once more.
+        // A single source is tried a second time.
         let mut turns = SourceRotation::new(1);
         assert_eq!(turns.next(S(9)), turn(0, 9));
         assert!(turns.damaged(0));
         assert_eq!(turns.next(S(8)), turn(0, 8));
         assert!(!turns.damaged(0) && turns.next(S(7)).is_none());
 
-        // A bad one in front of a good one whose package is damaged on its way, once.
+        // A bad source before a good one, whose package is damaged once in transit.
         let mut turns = SourceRotation::new(2);
         for source in [0, 1, 0] {
             assert_eq!(turns.next(S(9)).map(|turn| turn.source), Some(source));
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(turns.next(S(9)), turn(1, 9));
         assert!(!turns.damaged(1));
 
-        // However many there are, damage comes to an end.
+        // The number of damaged downloads is limited, however many sources there are.
         let mut turns = SourceRotation::new(9);
         let mut asked = 0;
         while let Some(turn) = turns.next(S(9)) {
@@ -141,7 +141,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever each turn brings, all had one before anybody has another, none is longer than what is left, and it ends.
+        /// Every source is tried before any is tried again, no attempt exceeds the remaining time, and the rotation ends.
         #[test]
         fn everybody_has_a_turn_and_it_ends(sources in 1_usize..6, brought in prop::collection::vec(0_u8..3, 50)) {
             let (mut turns, mut left, mut order) = (SourceRotation::new(sources), S(600), Vec::new());

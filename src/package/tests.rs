@@ -1,4 +1,4 @@
-//! Facts about packages on their way to a host: downloaded, resumed, verified, refused.
+//! Tests of fetching: download, resumption, verification, rejection.
 
 use std::io::{Cursor, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -50,13 +50,13 @@ fn binding(epoch: u64) -> String {
     Binding { release: release(), epoch }.to_string()
 }
 
-/// A package with one program and as many bytes that don't compress.
+/// A package with one program and this many incompressible bytes.
 fn archive(bytes: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(1);
     archive_of(&std::iter::repeat_with(|| random.u8(..)).take(bytes).collect::<Vec<u8>>())
 }
 
-/// A package with one program and this.
+/// A package with one program and this content.
 fn archive_of(content: &[u8]) -> Vec<u8> {
     let mut tar = tar::Builder::new(zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap());
     for (path, mode, content) in [("bin/run", 0o755, &b"#!/bin/sh\n"[..]), ("data", 0o600, content)] {
@@ -95,7 +95,7 @@ impl Desk {
         fetch(&self.means(endpoints, keys), wanted, &mut |_, _| true).map_err(|error| format!("{error:#}"))
     }
 
-    /// Puts what an earlier run would have left of the package into the cache.
+    /// Creates a partial download in the cache, as left by an earlier run.
     fn left(&self, bytes: &[u8], etag: Option<&str>) {
         fs::create_dir_all(&self.places.cache).unwrap();
         let part = self.places.cache.join(format!("{FILE}.part"));
@@ -106,7 +106,7 @@ impl Desk {
         }
     }
 
-    /// What lies in the cache and in staging.
+    /// The files in the cache and in staging.
     fn leftovers(&self) -> Vec<PathBuf> {
         let all = [&self.places.cache, &self.places.staging].map(|place| entries(place).unwrap());
         all.into_iter().flatten().map(|entry| entry.path()).collect()
@@ -139,7 +139,7 @@ fn a_signed_package_becomes_a_release() {
     assert!(seen.is_sorted());
 
     let (staged, to) = (tree.path().to_owned(), desk.directory.path().join("agents/demo/1.0"));
-    // What an interrupted move left there is replaced.
+    // The leftover of an interrupted move is replaced.
     fs::create_dir_all(to.join("half")).unwrap();
     assert!(whole(&to).unwrap_err().is::<WithdrawnRelease>());
     let sha256 = tree.sha256().clone();
@@ -152,8 +152,8 @@ fn a_signed_package_becomes_a_release() {
     assert_eq!(record.signer.as_ref(), keys.iter().next());
 
     let again = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
-    assert!(format!("{:#}", again.move_to(&to).unwrap_err()).contains("stands there already"));
-    // Nothing is left of it in staging, and it need not be downloaded again.
+    assert!(format!("{:#}", again.move_to(&to).unwrap_err()).contains("already exists there"));
+    // Staging is empty, and the archive is kept for the next fetch.
     assert_eq!((entries(&desk.places.cache).unwrap().len(), entries(&desk.places.staging).unwrap().len()), (1, 0));
     drop(desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap());
     assert_eq!(desk.leftovers(), Vec::<PathBuf>::new());
@@ -193,7 +193,14 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             signer.keys(),
             vec!["signed by the key", &stranger_id, "not trusted here"],
         ),
-        ("tampered", &tampered, good.clone(), wanted.clone(), signer.keys(), vec!["tampered with", "nothing of it"]),
+        (
+            "tampered",
+            &tampered,
+            good.clone(),
+            wanted.clone(),
+            signer.keys(),
+            vec!["tampered with", "nothing was unpacked"],
+        ),
         ("comment", &bytes, relabelled, wanted.clone(), signer.keys(), vec!["tampered with"]),
         (
             "other binding",
@@ -201,16 +208,9 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             sign(&other),
             wanted.clone(),
             signer.keys(),
-            vec!["signed as demo 1.0 for linux/386", "demo 1.0 for linux/amd64 that was asked for"],
+            vec!["signed as demo 1.0 for linux/386", "but demo 1.0 for linux/amd64 was requested"],
         ),
-        (
-            "no binding",
-            &bytes,
-            sign("timestamp:1"),
-            wanted.clone(),
-            signer.keys(),
-            vec!["does not say what the package is"],
-        ),
+        ("no binding", &bytes, sign("timestamp:1"), wanted.clone(), signer.keys(), vec!["does not name the package"]),
         ("legacy", &bytes, legacy, wanted.clone(), signer.keys(), vec!["legacy"]),
         (
             "epoch",
@@ -218,7 +218,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             good.clone(),
             PackageRequest { least_epoch: 4, ..wanted.clone() },
             signer.keys(),
-            vec!["epoch 3, older than the 4", "--epoch 4"],
+            vec!["epoch 3, lower than the 4", "--epoch 4"],
         ),
         (
             "digest",
@@ -234,7 +234,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             good.clone(),
             PackageRequest { size: Some(5), ..wanted.clone() },
             signer.keys(),
-            vec!["where 5 were announced"],
+            vec!["but 5 were announced"],
         ),
         (
             "file name",
@@ -244,7 +244,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             signer.keys(),
             vec!["as the package of demo 1.0"],
         ),
-        ("no signature", &bytes, "hello".to_owned(), wanted.clone(), signer.keys(), vec!["not one of minisign's"]),
+        ("no signature", &bytes, "hello".to_owned(), wanted.clone(), signer.keys(), vec!["not a minisign signature"]),
         ("huge signature", &bytes, "x".repeat(5000), wanted.clone(), signer.keys(), vec!["more than 4096 bytes"]),
         (
             "missing",
@@ -252,7 +252,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             good.clone(),
             PackageRequest { file: Some("demo-1.0_linux_amd64.zip".to_owned()), ..wanted.clone() },
             signer.keys(),
-            vec!["no such package", "/api/download/demo-1.0_linux_amd64.zip", "aops gateway publish"],
+            vec!["package not found", "/api/download/demo-1.0_linux_amd64.zip", "aops gateway publish"],
         ),
     ] {
         let desk = Desk::new();
@@ -280,7 +280,7 @@ fn an_untrusted_key_is_told_with_the_directory_of_the_trusted_ones() {
     assert!(error.contains("no trusted key in "), "{error}");
 }
 
-/// Serves ranges; breaks off after `step` bytes, for the first `cuts` requests of the package.
+/// Serves ranges; closes the connection after `step` bytes for the first `cuts` requests of the package.
 fn breaking(
     bytes: Vec<u8>,
     signature: String,
@@ -330,7 +330,7 @@ fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
     {
         let (server, ranges) = breaking(bytes.clone(), signature.clone(), "\"a\"", 50_000, 100);
         let error = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err();
-        assert!(error.contains("gave up after 5 tries") && error.contains("broke off"), "{error}");
+        assert!(error.contains("gave up after 5 attempts") && error.contains("was interrupted"), "{error}");
         assert_eq!(ranges.lock().unwrap().len(), 5);
         assert_eq!(fs::metadata(&file).unwrap().len(), 250_000);
     }
@@ -340,7 +340,7 @@ fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
         desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
         assert_eq!(ranges.lock().unwrap().first(), Some(&Some("bytes=250000-".to_owned())));
     }
-    // Half of another file of the same name, which is larger than this one.
+    // A partial download of a different, larger file with the same name.
     desk.left(&[b'x'; 1_000_000], Some("\"old\""));
     let (server, _) = breaking(bytes.clone(), signature, "\"a\"", 0, 0);
     desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
@@ -421,7 +421,7 @@ fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks()
     desk.fetch(&[mirror.endpoint()], &wanted, &signer.keys()).unwrap();
     assert_eq!(*ids.lock().unwrap(), [false, false, true, true]);
 
-    // One that lacks it, cannot be reached, or is no address at all leaves it to the endpoints.
+    // If the tarball location lacks the package, is unreachable or invalid, the endpoints are tried.
     let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
     for tarball in [empty.endpoint().url("/x"), format!("http://{nobody}/x"), "no address".to_owned()] {
         let wanted = PackageRequest { tarball: Some(tarball.clone()), ..wanted.clone() };
@@ -451,7 +451,7 @@ fn what_cannot_fit_is_not_begun() {
     if free < 16 << 30 {
         let error = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err();
         let staging = desk.places.staging.display().to_string();
-        for word in ["not enough space", &staging, "free", "needed"] {
+        for word in ["not enough disk space", &staging, "free", "needed"] {
             assert!(error.contains(word), "{error}");
         }
         assert_eq!(count.load(Ordering::SeqCst), 0);

@@ -190,12 +190,12 @@ fn a_signature_that_hosts_would_refuse_is_not_published() {
     };
     for text in [&own, &signature(&Signer::generate().unwrap())] {
         put(&legacy(text));
-        assert!(bench.refusal("", &archive).contains("legacy kind"));
+        assert!(bench.refusal("", &archive).contains("legacy format"));
     }
 
     // One that does not say what it is of.
     put(&own.replace("epoch=7", "epoch=seven"));
-    assert!(bench.refusal("", &archive).contains("does not say what the package is"));
+    assert!(bench.refusal("", &archive).contains("does not name the package"));
     assert_eq!((bench.leftovers(), bench.index().packages()), (0, 0));
 
     put(&format!("{own}{}", "\n".repeat(padding - 1)));
@@ -235,7 +235,7 @@ fn a_package_of_the_manager_yields_the_bootstrap_with_the_depots_keys() {
     let archive = bench.dir.path().join("spm.tar.gz");
     let line_of = |version: &str| format!("--name aops-spm --version {version} --os linux --arch 386");
     for (bad, words) in
-        [("no key", "as a minisign public key"), ("", "it is empty"), (key.as_str(), "both brings and revokes")]
+        [("no key", "is not a minisign public key"), ("", "it is empty"), (key.as_str(), "both brings and revokes")]
     {
         for name in ["keys/1.pub", "keys/revoked/1.pub"] {
             fs::write(tree.join(name), bad).unwrap();

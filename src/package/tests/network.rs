@@ -1,4 +1,4 @@
-//! Facts about downloads over networks that break, lie and dawdle.
+//! Tests of downloads over slow and unreliable networks, and with faulty servers.
 
 use std::sync::atomic::AtomicBool;
 
@@ -37,14 +37,14 @@ fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_
         assert_eq!(asked(), 2);
         assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
     }
-    // Two that send damage do not use up the try of a third one, and of damage alone there is an end.
+    // Damaged data from two sources does not use up the attempt at the third; the number of damaged downloads is limited.
     let (other, third) = (damaging(100), damaging(100));
     desk.fetch(&[always.endpoint(), other.endpoint(), good.endpoint()], &wanted, &keys).unwrap();
     assert_eq!(asked(), 2);
     desk.fetch(&[always.endpoint(), other.endpoint(), third.endpoint()], &wanted, &keys).unwrap_err();
     assert_eq!(asked(), 4);
 
-    // What the second one sent was damaged on its way, once.
+    // The second source's data is damaged in transit, once.
     let (spoilt, bytes, signature) = (AtomicBool::new(false), bytes.clone(), signature.clone());
     let once = Server::plain(move |asked| {
         let mut sent = bytes.clone();
@@ -82,7 +82,7 @@ fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
                 cut_after: Some(300_000),
                 ..CannedResponse::ok(whole.clone())
             },
-            // A page, and something of another size, both with a good status.
+            // An HTML page, and a body of the wrong size, both with status 200.
             1 => CannedResponse {
                 headers: vec![("content-type", "Text/HTML; charset=x".to_owned())],
                 ..CannedResponse::ok("<html>")
@@ -107,7 +107,7 @@ fn a_part_of_another_file_is_not_taken_for_the_rest() {
     let size = bytes.len();
     for said in [
         (Some("\"b\""), format!("bytes 500-{}/{size}", size - 1)),
-        // Nobody knows any more from whom the first part is: this one must say that it has the same.
+        // The origin of the partial file is unknown, so the server must confirm the ETag.
         (None, format!("bytes 500-{}/{size}", size - 1)),
         (Some("\"a\""), format!("bytes 400-{}/{size}", size - 1)),
         (Some("\"a\""), format!("bytes 500-{size}/{size}")),
@@ -126,9 +126,9 @@ fn a_part_of_another_file_is_not_taken_for_the_rest() {
             headers.extend(sent.0.map(|etag| ("etag", etag.to_owned())));
             CannedResponse { status: 206, headers, ..CannedResponse::ok(vec![b'x'; whole.len() - 500]) }
         });
-        // It is asked for as a whole; the bytes were not even looked at.
+        // The whole file is requested; the bytes of the range were not used.
         let error = desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap_err();
-        assert!(error.contains("there is no such package") && !error.contains("tampered"), "{said:?}: {error}");
+        assert!(error.contains("package not found") && !error.contains("tampered"), "{said:?}: {error}");
     }
 }
 
@@ -174,7 +174,7 @@ fn who_asks_to_be_left_alone_for_long_is() {
     let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
     let unavailable = error.downcast_ref::<Unavailable>().expect("it is the source that failed");
     assert_eq!(unavailable.retry_after, Some(Duration::from_secs(120)));
-    assert!(format!("{error:#}").contains("left alone for 2m"), "{error:#}");
+    assert!(format!("{error:#}").contains("retry after 2m"), "{error:#}");
     assert_eq!(count.load(Ordering::SeqCst), 1);
 }
 
@@ -224,7 +224,7 @@ fn a_download_that_nobody_wants_any_more_ends_and_keeps_what_came() {
     let (server, _) = breaking(bytes, signature, "\"a\"", 0, 0);
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
     let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| done < 100_000);
-    assert!(format!("{:#}", error.unwrap_err()).contains("not wanted any more"));
+    assert!(format!("{:#}", error.unwrap_err()).contains("no longer wanted"));
     assert_eq!(entries(&desk.places.cache).unwrap().len(), 2);
 }
 
@@ -260,14 +260,14 @@ fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
         tree.unwrap();
         assert_eq!(seen.iter().find(|(_, promised)| *promised > 0), Some(&(0, 4 * size)));
         assert_eq!(seen.iter().find(|(done, _)| *done == size), Some(&(size, 3 * size)));
-        // What is unpacked lies on the disk, and is not promised any more.
+        // Unpacked bytes are no longer reserved.
         assert!(seen.last().is_some_and(|(done, promised)| *done == size && *promised < 3 * size), "{seen:?}");
         assert_eq!(desk.commons.space.promised(), 0);
     }
-    // Room that was promised to others is not there for this one; it does not wait for longer than it may take.
+    // Space reserved by others is not available; the fetch waits until its time limit.
     fs::create_dir_all(&desk.places.staging).unwrap();
     let free = crate::platform::free_space(&desk.places.staging).unwrap();
-    // It needs four times its size, and twice is left.
+    // It needs four times its size, and twice its size is left.
     let size = (free / 16).min(1 << 30);
     let soon = Instant::now() + Duration::from_secs(5);
     let mut others = PackageSpace::new(&desk.commons.space, &desk.places.staging, soon);
@@ -275,7 +275,7 @@ fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
     let wanted = PackageRequest { size: Some(size), ..PackageRequest::new(release()) };
     let means = FetchContext { within: Duration::from_millis(200), ..desk.means(&endpoints, &keys) };
     let error = format!("{:#}", fetch(&means, &wanted, &mut |_, _| true).unwrap_err());
-    assert!(error.contains("for others that are being fetched"), "{error}");
+    assert!(error.contains("for other downloads"), "{error}");
     drop(others);
 }
 
@@ -302,12 +302,12 @@ fn a_redirect_of_a_download_goes_nowhere_else_and_tells_nobody_else_who_asks() {
     assert!(ids.lock().unwrap().iter().all(|(_, told)| *told), "{ids:?}");
     ids.lock().unwrap().clear();
 
-    // Of a tarball's host, which is no endpoint of ours.
+    // The tarball's server is not one of the endpoints.
     let tarball = Some(server.endpoint().url("/away"));
     let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
     let ours = format!("http://{nobody}").parse().unwrap();
     let error = desk.fetch(&[ours], &PackageRequest { tarball, ..PackageRequest::new(release()) }, &keys).unwrap_err();
-    assert!(error.contains("another host"), "{error}");
+    assert!(error.contains("a different host"), "{error}");
     assert!(ids.lock().unwrap().iter().all(|(_, told)| !told), "{ids:?}");
     assert_eq!(stolen.connections(), 0);
 }

@@ -1,4 +1,4 @@
-//! Facts about what a download shares: the disk with others, the time with other sources, and its work with who may give it up.
+//! Tests of what a download shares: disk space with other downloads, time with other sources, cancellation with its caller.
 
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
@@ -11,7 +11,7 @@ use super::*;
 
 const MIB: u64 = 1 << 20;
 
-/// Serves the package from where it is asked to, as `further` has it, and counts how often.
+/// Serves the package and its ranges, modified by `further`, and counts the requests.
 fn serving(
     bytes: &[u8],
     signature: &str,
@@ -41,7 +41,7 @@ fn serving(
     (server, count)
 }
 
-/// Sends so many bytes at once, and then next to nothing.
+/// Sends `at_once` bytes at once, then single bytes slowly.
 fn dripping(at_once: usize) -> impl Fn(CannedResponse, usize) -> CannedResponse {
     move |told, _| CannedResponse { drip: Some((at_once.min(told.body.len()), Duration::from_millis(20))), ..told }
 }
@@ -66,7 +66,7 @@ fn a_source_that_dawdles_leaves_time_to_the_next_one() {
     fetch(&means, &PackageRequest::new(release()), &mut |_, _| true).unwrap();
     assert_eq!(asked.load(Ordering::SeqCst), 1);
 
-    // The next one has nothing: what came stays, and the first one has the rest of the time.
+    // The next source lacks the package: the bytes are kept, and the first source gets the rest of the time.
     let lacking = Server::plain(|_| CannedResponse::status(404));
     let endpoints = [slow.endpoint(), lacking.endpoint()];
     let means = FetchContext { within: Duration::from_secs(2), ..desk.means(&endpoints, &keys) };
@@ -75,7 +75,7 @@ fn a_source_that_dawdles_leaves_time_to_the_next_one() {
     assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
     assert!(error.is::<Unavailable>() && !is_refusal(&error));
     let error = format!("{error:#}");
-    for word in ["none of 3 sources", "its share of 2s (downloadTimeout)", "there is no such package"] {
+    for word in ["none of 3 sources", "its share of 2s (downloadTimeout)", "package not found"] {
         assert!(error.contains(word), "{error}");
     }
     assert_eq!(asked.load(Ordering::SeqCst), 3);
@@ -98,18 +98,18 @@ fn one_whose_size_nobody_told_claims_room_as_it_comes() {
     tree.unwrap();
     assert!((16 * MIB - 400_000..u64::MAX).contains(&least), "{least}");
 
-    // Where others were promised the rest, nothing of it is kept: it would be in their way.
+    // Others have reserved the rest: nothing is kept, as it would take space from them.
     let others = all_taken(&desk.commons.space);
     let means = FetchContext { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
     let error = fetch(&means, &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
-    assert!(format!("{error:#}").contains("not enough space") && !is_refusal(&error), "{error:#}");
+    assert!(format!("{error:#}").contains("not enough disk space") && !is_refusal(&error), "{error:#}");
     assert_eq!((in_cache(&desk), asked.load(Ordering::SeqCst)), (0, 2));
     drop(others);
 }
 
 #[test]
 fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
-    // Of next to nothing, much more than is promised beforehand.
+    // A small archive that unpacks to much more than is reserved for it.
     let bytes = archive_of(&vec![0; 8 << 20]);
     let (keys, signature) = signed(&bytes);
     let (server, asked) = serving(&bytes, &signature, |told, _| told);
@@ -119,14 +119,14 @@ fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
     let mut others = None;
     for _ in 0..2 {
         let error = fetch(&means, &wanted, &mut |done, total| {
-            // It had room to come.
+            // There was space for the download.
             if Some(done) == total {
                 others.get_or_insert_with(|| all_taken(&desk.commons.space));
             }
             true
         });
         let error = error.unwrap_err();
-        assert!(format!("{error:#}").contains("not enough space") && !is_refusal(&error), "{error:#}");
+        assert!(format!("{error:#}").contains("not enough disk space") && !is_refusal(&error), "{error:#}");
         assert_eq!((in_cache(&desk), entries(&desk.places.staging).unwrap().len()), (2, 0));
     }
     drop(others);
@@ -138,7 +138,7 @@ fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
 fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
-    // The same one may say nothing of it.
+    // The same origin may omit the ETag.
     let (server, asked) = serving(&bytes, &signature, move |told, before| match before {
         0 => CannedResponse { cut_after: Some(150_000), ..told },
         _ => without_etag(told),
@@ -152,7 +152,7 @@ fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
     tree.unwrap();
     assert!(at.is_sorted() && asked.load(Ordering::SeqCst) == 2, "{at:?}");
 
-    // Another one that does not know `If-Range` would send the rest of some other file.
+    // A different origin that ignores `If-Range` could send the rest of another file.
     let cut = |told: CannedResponse, _| CannedResponse { cut_after: Some(30_000.min(told.body.len())), ..told };
     let (broken, _) = serving(&bytes, &signature, cut);
     let (other, asked) = serving(&bytes, &signature, move |told, before| match before {
@@ -167,13 +167,13 @@ fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
     });
     tree.unwrap();
     assert_eq!(asked.load(Ordering::SeqCst), 2);
-    // It is whole once: nothing of the other file was taken for the rest of this one.
+    // The download restarted before it completed: nothing of the other file was used.
     let (begun, whole) =
         (at.iter().rposition(|done| *done == 0), at.iter().position(|done| *done == bytes.len() as u64));
     assert!(begun < whole, "{at:?}");
 }
 
-/// Serves the package under an ETag of its own, whole to whoever has begun with another one, and notes what it is asked for.
+/// Serves the package with its own ETag; sends the whole file if `If-Range` differs; records the requested ranges.
 fn strict(
     bytes: &[u8],
     signature: &str,
@@ -231,7 +231,7 @@ fn sources_that_know_a_file_by_different_etags_go_on_with_each_others_part() {
     assert!(at.is_sorted(), "nothing was fetched twice: {at:?}");
     assert_eq!(*asked_for.lock().unwrap(), ["bytes=500000- \"a\"", "bytes=500000- "]);
 
-    // Where nothing was announced of it, nobody could tell, and it is begun anew.
+    // Without announced size and hash the parts cannot be checked, so the download starts from the beginning.
     asked_for.lock().unwrap().clear();
     drop(fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap());
     assert_eq!(*asked_for.lock().unwrap(), ["bytes=500000- \"a\""]);
@@ -248,14 +248,14 @@ fn who_gives_up_a_download_waits_for_no_pause_of_it() {
         CannedResponse { headers: vec![("retry-after", "25".to_owned())], ..CannedResponse::status(503) }
     });
     let (desk, endpoints, began) = (Desk::new(), [server.endpoint()], Instant::now());
-    // It is given up once the pause has begun.
+    // The fetch is cancelled during the pause.
     let mut since = 0;
     let progress: &mut Progress<'_> = &mut |_, _| {
         since += u32::from(unwanted.load(Ordering::SeqCst));
         since < 4
     };
     let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), progress).unwrap_err();
-    assert!(format!("{error:#}").contains("not wanted any more"), "{error:#}");
+    assert!(format!("{error:#}").contains("no longer wanted"), "{error:#}");
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     assert_eq!(asked.load(Ordering::SeqCst), 1);
 }
@@ -288,7 +288,7 @@ fn who_gives_up_a_download_ends_what_it_waits_for() {
             unwanted.store(true, Ordering::SeqCst);
             client.end().now();
             let error = fetching.join().unwrap().unwrap_err();
-            assert!(format!("{error:#}").contains("not wanted any more"), "{error:#}");
+            assert!(format!("{error:#}").contains("no longer wanted"), "{error:#}");
         });
         assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         assert_eq!(in_cache(&desk), 2);
@@ -306,7 +306,7 @@ fn who_gives_up_a_package_that_is_being_unpacked_has_it_downloaded_for_another_t
         since_it_is_there += u32::from(Some(done) == total);
         since_it_is_there < 50
     });
-    assert!(format!("{:#}", error.unwrap_err()).contains("not wanted any more"));
+    assert!(format!("{:#}", error.unwrap_err()).contains("no longer wanted"));
     assert_eq!((in_cache(&desk), entries(&desk.places.staging).unwrap().len()), (2, 0));
     desk.fetch(&endpoints, &PackageRequest::new(release()), &keys).unwrap();
     assert_eq!(asked.load(Ordering::SeqCst), 1);
@@ -325,7 +325,7 @@ fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
     sweep(&desk.places).unwrap();
     assert_eq!(desk.leftovers(), std::slice::from_ref(&new));
 
-    // While it runs: what is not wanted goes, and nothing that somebody is at.
+    // While a download is in progress: unneeded files are removed, but not those in use.
     let (signer, bytes) = (Signer::new(), archive(10));
     let (keys, signature) = (signer.keys(), signer.sign(&bytes, &binding(1)));
     desk.left(&bytes, Some("\"a\""));

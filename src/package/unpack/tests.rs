@@ -1,4 +1,4 @@
-//! Facts about unpacking: what an archive may hold, and what is refused of it.
+//! Tests of unpacking: which content is accepted, and which is rejected.
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write};
@@ -14,7 +14,7 @@ use archives::{OUTSIDE, Tar, attacks, gz, zst};
 #[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
 mod archives;
 
-/// A zip as a well-meaning packer writes it. A mode with another type than a file's makes a directory or a link.
+/// A zip as an ordinary packer writes it. A mode with a type other than a file's makes a directory or a link.
 fn zip_of(entries: &[(&str, u32, &[u8])]) -> Vec<u8> {
     let mut writer = ::zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (path, mode, content) in entries {
@@ -31,7 +31,7 @@ fn zip_of(entries: &[(&str, u32, &[u8])]) -> Vec<u8> {
     writer.finish().unwrap().into_inner()
 }
 
-/// A directory with room for archives to misbehave in: `staging` to unpack in, and a victim outside of it.
+/// A temporary directory with `staging` to unpack in, and files outside of it that must not change.
 struct Place(tempfile::TempDir);
 
 impl Place {
@@ -54,7 +54,7 @@ impl Place {
         unpack(&mut file, packing, os, &self.staging(), limits, &mut |_| Ok(())).map_err(|error| format!("{error:#}"))
     }
 
-    /// All that is there: what it is, what is in it, how many names it has.
+    /// Every path with its type, permissions and content.
     fn seen(&self) -> BTreeMap<PathBuf, String> {
         let mut seen = BTreeMap::new();
         let mut rest = vec![self.0.path().to_owned()];
@@ -117,12 +117,12 @@ fn every_kind_of_archive_makes_the_same_tree() {
     }
 }
 
-/// One row an attack; each is refused whole, and for its own reason.
+/// Each attack is rejected as a whole, and for its own reason.
 #[test]
 fn attacks_are_refused_and_leave_nothing_behind() {
     let mut attacks = attacks();
     assert!(attacks.len() > 200, "{}", attacks.len());
-    // Some begin with a link that is as it should be, for a system that has them.
+    // Some attacks start with a valid link, which needs a system with symbolic links.
     attacks.retain(|attack| platform::OS == Os::Linux || !attack.name.contains("link") || attack.os == "windows");
     let mut wrong = Vec::new();
     for attack in attacks {
@@ -251,7 +251,7 @@ fn a_directory_that_hands_down_bits_hands_them_to_no_release() {
     assert_eq!([mode(""), mode("d"), mode("d/e"), mode("d/e/f"), mode("d/run")], [0o755, 0o755, 0o755, 0o644, 0o755]);
 }
 
-/// An entry of any kind, whose name and target are made of few words, so that they meet.
+/// An entry of any kind, with names and targets from a small set, so that they collide.
 fn any_entry() -> impl Strategy<Value = (u8, String, String)> {
     let name = "(\\./|/|\\.\\./)?[aAb](/[aAb.]{1,2}){0,3}/?";
     (prop::sample::select(b"0125".to_vec()), name.prop_map(String::from), "(\\.\\./){0,3}[aAb.]{0,2}(/[ab.]{1,2}){0,2}")
@@ -260,7 +260,7 @@ fn any_entry() -> impl Strategy<Value = (u8, String, String)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// Whatever is packed: either a tree comes of it in which every name resolves below its root, or nothing is left.
+    /// For any archive: either every path of the tree resolves below its root, or nothing is left.
     #[test]
     fn nothing_is_made_outside_of_the_tree(entries in prop::collection::vec(any_entry(), 1..12)) {
         let mut tar = Tar::default();
@@ -285,7 +285,8 @@ proptest! {
         }
     }
 
-    /// Damage of any kind is an error or harmless, and never a panic.
+    /// Damage of any kind is an error or harmless, never a panic.
+
     #[test]
     fn damaged_archives_leave_nothing(kind in 0..3_usize, at in any::<prop::sample::Index>(), byte: u8, cut: bool) {
         let tar = Tar::default().file("bin/run", &[7; 3000]).link("l", "bin/run").pax(b'x', &[("path", "y")]).file("x", b"x");

@@ -1,4 +1,4 @@
-//! Puts on the disk what the plan admitted.
+//! Writes the accepted entries to the disk.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -15,20 +15,20 @@ const DIRECTORY_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o644;
 const PROGRAM_MODE: u32 = 0o755;
 
-/// A tree that is being made.
+/// A tree that is being written.
 pub(super) struct TreeWriter<'a> {
     root: PathBuf,
-    /// What is being made, as a whole path; kept, as is the buffer, for the next.
+    /// The full path of the current entry; reused, as is the buffer.
     at: PathBuf,
     chunk: Vec<u8>,
-    /// Asked before anything is made.
+    /// Called before each entry and each write.
     may_write: &'a mut MayWrite<'a>,
-    /// Whether what is made gets the mode that it is made with, for files, programs and directories; `None`: nobody looked yet.
+    /// Whether files, programs and directories keep the mode they are created with; `None`: not checked yet.
     mode_holds: [Option<bool>; 3],
 }
 
 impl<'a> TreeWriter<'a> {
-    /// In a directory that is empty and ours.
+    /// Writes to an empty directory that belongs to this process.
     pub(super) fn new(root: PathBuf, may_write: &'a mut MayWrite<'a>) -> TreeWriter<'a> {
         let at = PathBuf::with_capacity(root.as_os_str().len() + 256);
         TreeWriter { root, at, chunk: vec![0; CHUNK_BYTES], may_write, mode_holds: [None; 3] }
@@ -58,7 +58,7 @@ impl<'a> TreeWriter<'a> {
         }
     }
 
-    /// Everything is there: it survives a power cut from here on, and all may read it.
+    /// Completes the tree: sets the root's mode and syncs all content to disk.
     pub(super) fn finish(&self) -> Result<()> {
         platform::set_mode(&self.root, DIRECTORY_MODE)
             .and_then(|()| platform::sync_tree(&self.root))
@@ -77,7 +77,7 @@ impl<'a> TreeWriter<'a> {
         let mut file = platform::create_file(&self.at, mode).map_err(|error| self.unwritable(error))?;
         let mut written = 0;
         loop {
-            let amount = content.read(&mut self.chunk).context("its content is damaged")?;
+            let amount = content.read(&mut self.chunk).context("the content is damaged")?;
             if amount == 0 {
                 break;
             }
@@ -85,11 +85,11 @@ impl<'a> TreeWriter<'a> {
             file.write_all(&self.chunk[..amount]).map_err(|error| self.unwritable(error))?;
             written += amount as u64;
         }
-        ensure!(written == size, "its content is cut off after {written} of {size} bytes");
+        ensure!(written == size, "the content is truncated after {written} of {size} bytes");
         self.ensure_mode(mode, usize::from(mode == PROGRAM_MODE), Some(&file)).map_err(|error| self.unwritable(error))
     }
 
-    /// What is made is made with its mode, less what the umask takes. That is the same for all of a kind, and looked at once.
+    /// Sets the mode if the umask changed it. The result is the same for all entries of a kind, so it is checked once.
     fn ensure_mode(&mut self, mode: u32, kind: usize, file: Option<&File>) -> io::Result<()> {
         let holds = match self.mode_holds[kind] {
             Some(holds) => holds,
@@ -109,7 +109,7 @@ impl<'a> TreeWriter<'a> {
 
     fn unwritable(&self, error: io::Error) -> anyhow::Error {
         if error.kind() == io::ErrorKind::AlreadyExists {
-            return anyhow::anyhow!("there are two of it, as this file system sees them");
+            return anyhow::anyhow!("duplicate entry on this file system");
         }
         unwritable(error, self.root.parent().unwrap_or(&self.root))
     }
