@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_cannot_be_for_this_host_are_refused_with_the_reason() {
+    fn invalid_answers_are_rejected_with_the_reason() {
         for (body, word) in [
             (br#"{"agentId": "host-2"}"#.to_vec(), "it is for agent host-2, but this host is host-1"),
             (b"<html>".to_vec(), "cannot parse the answer"),
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn one_who_shows_another_certificate_is_not_believed() {
+    fn a_server_with_another_certificate_is_not_trusted() {
         let identity = self_signed(&["127.0.0.1"], |_| {});
         let server = Server::tls(&identity, |_| CannedResponse::ok(r#"{"agentId": "host-1"}"#));
         let trusting = |pin| {
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn the_current_release_is_told_or_there_is_none() {
+    fn the_current_release_is_returned_or_none() {
         let digest = "0".repeat(64);
         let body = format!(r#"{{"version": "2", "file": "demo-2_linux_amd64.zip", "sha256": "{digest}", "size": 5}}"#);
         let evil = body.replace("demo-2", "../demo-2");

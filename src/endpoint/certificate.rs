@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_of_a_chain_is_that_of_its_first_certificate_to_end() {
+    fn a_chain_expires_with_its_first_certificate_to_expire() {
         let of = |year| self_signed(&["a"], |params| params.not_after = rcgen::date_time_ymd(year, 1, 1)).certificate;
         let (sooner, later) = (of(2040), of(2060));
         assert_eq!(end_of(&[later.clone(), sooner]), Some(2_208_988_800));
@@ -36,7 +36,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_the_same_in_another_certificate() {
+    fn certificates_with_the_same_key_have_the_same_key_fingerprint() {
         let key = rcgen::KeyPair::generate().unwrap();
         let of = |name: &str| super::super::testing::self_signed_by(&key, &[name], |_| {}).certificate;
         assert_eq!(key_of(&of("a")), key_of(&of("b")));

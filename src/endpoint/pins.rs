@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn pins_are_added_to_others_and_change_none() {
+    fn added_pins_do_not_replace_existing_ones() {
         let directory = tempfile::tempdir().unwrap();
         let [from, to] = ["from", "to"].map(|name| directory.path().join(name));
         let mut new = Pins::default();
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pin_gains_the_key_and_follows_what_is_announced_and_nothing_else() {
+    fn a_pin_gains_the_key_and_accepts_announced_keys_only() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pins");
         // As written by an older version.
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_learned_of_a_pinned_gateway_counts_for_these_pins_alone() {
+    fn learned_keys_are_valid_only_for_the_pins_in_the_settings() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keys");
         let (origin, pins, others) = ("https://a:1", [print(1)], [print(7)]);

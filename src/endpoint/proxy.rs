@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_is_shown_without_its_password_and_kept_with_it() {
+    fn a_proxy_is_shown_without_its_password() {
         for (text, shown) in [
             ("http://user:secret@proxy.example:3128", "http://proxy.example:3128"),
             ("https://user:secret@proxy.example/", "https://proxy.example:443"),
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn exceptions_are_what_people_write_and_are_shown_as_they_are_read() {
+    fn exceptions_are_parsed_in_their_usual_spellings_and_shown_in_the_same_form() {
         for (text, covered, others) in [
             ("*", &["https://a.example", "https://10.1.2.3"][..], &[][..]),
             (

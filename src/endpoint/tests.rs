@@ -47,7 +47,7 @@ fn refused(trust: &Trust, endpoint: &Endpoint, parts: &[&str]) {
 }
 
 #[test]
-fn endpoints_read_as_people_write_them() {
+fn endpoints_are_parsed_in_their_usual_spellings() {
     for (text, shown, origin) in [
         ("https://127.0.0.1:8888", "https://127.0.0.1:8888", "https://127.0.0.1:8888"),
         ("https://Gateway.Example/", "https://gateway.example", "https://gateway.example:443"),
@@ -85,7 +85,7 @@ fn endpoints_read_as_people_write_them() {
 }
 
 #[test]
-fn this_machine_is_known_as_such() {
+fn loopback_addresses_are_recognized() {
     for (text, loopback) in [
         ("http://localhost", true),
         ("http://127.3.2.1:1", true),
@@ -99,7 +99,7 @@ fn this_machine_is_known_as_such() {
 }
 
 #[test]
-fn fingerprints_read_as_openssl_prints_them() {
+fn fingerprints_are_parsed_as_openssl_prints_them() {
     let fingerprint = Fingerprint::of(b"x");
     let hex = fingerprint.to_string().strip_prefix("sha256:").unwrap().to_owned();
     let upper = hex.to_uppercase();
@@ -114,7 +114,7 @@ fn fingerprints_read_as_openssl_prints_them() {
 }
 
 #[test]
-fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
+fn a_pin_of_a_certificate_or_its_key_ignores_names_and_dates() {
     let identity = self_signed(&["elsewhere.example"], |params| params.not_after = date_time_ymd(2001, 1, 1));
     let server = serves(&identity);
     let certificate = Fingerprint::of(&identity.certificate);
@@ -128,7 +128,7 @@ fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
 }
 
 #[test]
-fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
+fn the_key_of_the_first_contact_is_pinned_and_another_key_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
     expect_first_contact(&pins).unwrap();
@@ -156,7 +156,7 @@ fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
 }
 
 #[test]
-fn a_renewed_certificate_is_the_same_gateway_and_an_announced_key_too_but_no_other() {
+fn a_renewed_certificate_and_an_announced_key_are_accepted_but_no_other() {
     let directory = tempfile::tempdir().unwrap();
     let (pins, learned) = (directory.path().join("pins.json"), directory.path().join("keys.json"));
     expect_first_contact(&pins).unwrap();
@@ -189,7 +189,7 @@ fn a_renewed_certificate_is_the_same_gateway_and_an_announced_key_too_but_no_oth
 }
 
 #[test]
-fn whoever_answers_is_no_first_contact_where_the_pins_are_lost() {
+fn a_lost_pin_file_allows_no_first_contact() {
     let identity = self_signed(&["localhost"], |_| {});
     let server = serves(&identity);
     let directory = tempfile::tempdir().unwrap();
@@ -203,7 +203,7 @@ fn whoever_answers_is_no_first_contact_where_the_pins_are_lost() {
 }
 
 #[test]
-fn what_an_authority_in_the_file_has_issued_is_accepted() {
+fn a_certificate_issued_by_an_authority_in_the_file_is_accepted() {
     let (pem, identity) = issued(&["localhost", "127.0.0.1"]);
     let (_directory, trust) = ca_file(&pem);
     let server = serves(&identity);
@@ -243,7 +243,7 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
 }
 
 #[test]
-fn dates_and_names_count_for_a_certificate_in_the_file() {
+fn dates_and_names_of_a_certificate_in_the_file_are_checked() {
     let authority = |params: &mut rcgen::CertificateParams| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let expired = self_signed(&["127.0.0.1"], |params| {
         authority(params);
@@ -267,7 +267,7 @@ fn dates_and_names_count_for_a_certificate_in_the_file() {
 }
 
 #[test]
-fn the_systems_trust_refuses_a_private_certificate_and_says_what_to_do() {
+fn system_trust_rejects_a_private_certificate_with_a_remedy() {
     for ca in [IsCa::NoCa, IsCa::Ca(BasicConstraints::Unconstrained)] {
         let identity = self_signed(&["127.0.0.1"], |params| params.is_ca = ca);
         let pin = format!("--pin {}", key_of(&identity.certificate).unwrap());
@@ -280,7 +280,7 @@ fn the_systems_trust_refuses_a_private_certificate_and_says_what_to_do() {
 }
 
 #[test]
-fn files_that_hold_no_certificate_are_refused_by_name() {
+fn the_error_for_a_file_without_certificates_names_it() {
     for content in ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"] {
         let (_directory, trust) = ca_file(content);
         let error = format!("{:#}", Client::new(&trust, None, Timeouts::exchange()).unwrap_err());
@@ -291,7 +291,7 @@ fn files_that_hold_no_certificate_are_refused_by_name() {
 }
 
 #[test]
-fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
+fn a_server_without_the_certificates_key_is_rejected() {
     let (honest, thief) = (self_signed(&["127.0.0.1"], |_| {}), self_signed(&["127.0.0.1"], |_| {}));
     let stolen = TestIdentity { certificate: honest.certificate.clone(), key: thief.key, pem: honest.pem.clone() };
     let directory = tempfile::tempdir().unwrap();
@@ -306,7 +306,7 @@ fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
 }
 
 #[test]
-fn plain_http_needs_insecure_and_insecure_takes_anything() {
+fn plain_http_needs_insecure_and_insecure_accepts_any_certificate() {
     let plain = Server::plain(|_| CannedResponse::ok("plain"));
     refused(&Trust::System, &plain.endpoint(), &["plain http", "--insecure"]);
     assert_eq!(got(&Trust::Insecure, &plain.endpoint()).as_deref(), Ok("plain"));
@@ -315,7 +315,7 @@ fn plain_http_needs_insecure_and_insecure_takes_anything() {
 }
 
 #[test]
-fn speaking_to_the_wrong_kind_of_server_is_told_plainly() {
+fn the_error_for_a_server_without_tls_says_so() {
     for answer in ["HTTP/1.1 400 Bad Request\r\n\r\n", ""] {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("https://{}", listener.local_addr().unwrap()).parse().unwrap();
@@ -334,7 +334,7 @@ fn speaking_to_the_wrong_kind_of_server_is_told_plainly() {
 }
 
 #[test]
-fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
+fn the_agent_id_is_sent_to_endpoints_only_and_a_connection_is_reused() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let notes = Arc::clone(&seen);
     let identity = self_signed(&["127.0.0.1"], |_| {});
@@ -363,7 +363,7 @@ fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
 }
 
 #[test]
-fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
+fn a_proxy_is_used_with_connect_but_never_for_this_host() {
     let identity = self_signed(&["gateway.example"], |_| {});
     let server = serves(&identity);
     let (listener, target) = (std::net::TcpListener::bind("127.0.0.1:0").unwrap(), server.address());
@@ -420,7 +420,7 @@ fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
 }
 
 #[test]
-fn a_password_in_an_address_is_refused_and_not_repeated() {
+fn a_password_in_an_address_is_rejected_and_not_shown() {
     for text in ["https://user:secret@host:1/x", "ftp://user:secret@host", "user:secret@host"] {
         let error = text.parse::<Endpoint>().unwrap_err().to_string();
         assert!(!error.contains("secret") && error.contains("@host"), "{error}");
@@ -461,7 +461,7 @@ fn answers_are_limited() {
 }
 
 #[test]
-fn one_who_says_nothing_is_given_up() {
+fn a_silent_server_times_out() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint: Endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
     let short = std::time::Duration::from_millis(200);
@@ -476,7 +476,7 @@ fn one_who_says_nothing_is_given_up() {
 }
 
 #[test]
-fn one_who_drips_is_given_up_as_one_who_says_nothing() {
+fn a_slow_server_is_aborted() {
     let stall = std::time::Duration::from_millis(250);
     let drip = Some((0, std::time::Duration::from_millis(20)));
     let identity = self_signed(&["127.0.0.1"], |_| {});
@@ -518,7 +518,7 @@ fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
 }
 
 #[test]
-fn a_kept_connection_that_was_reset_meanwhile_costs_no_request() {
+fn a_request_on_a_reset_idle_connection_is_retried() {
     let client = client(&Trust::Insecure);
     let (endpoint, connections) = forgets_after(1);
     for number in 1..=4 {

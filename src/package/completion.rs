@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_accepted_once_is_refused_by_a_higher_epoch_or_without_its_key() {
+    fn a_higher_epoch_or_a_removed_key_withdraws_a_release() {
         let (key, other) = (key(), key());
         let signed = release(3, Some(first(&key)));
         assert_eq!(signed.admit(3, &key), Ok(()));
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_told_from_another_one_of_the_same_id() {
+    fn keys_with_the_same_id_are_distinguished() {
         use base64::Engine as _;
         use base64::prelude::BASE64_STANDARD;
         let (one, other) = (key(), key());
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_older_version_unpacked_stays_usable() {
+    fn a_release_unpacked_by_an_older_version_stays_usable() {
         let text = format!(r#"{{"file":"a-1_linux_amd64.zip","sha256":"{}","epoch":3}}"#, "ab".repeat(32));
         let old: Completed = serde_json::from_str(&text).unwrap();
         assert_eq!(old, release(3, None));

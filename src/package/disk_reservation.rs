@@ -293,7 +293,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_alone_is_refused_at_once_with_the_figures() {
+    fn a_package_that_does_not_fit_alone_fails_at_once_with_the_sizes() {
         let space = DiskReservations::default();
         // A fetch without a reservation releases nothing, so it is not waited for.
         let (_idle, began) = (space.claim(), Instant::now());
@@ -306,7 +306,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn two_that_fit_alone_but_not_together_take_turns() {
+    fn two_fetches_that_do_not_fit_together_run_one_after_the_other() {
         let (space, free) = (DiskReservations::default(), AtomicU64::new(120 * MIB));
         let first_is_done = AtomicBool::new(false);
         let first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
@@ -334,7 +334,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn of_two_that_wait_for_each_other_one_gives_way_at_once() {
+    fn of_two_fetches_that_wait_for_each_other_one_fails_at_once() {
         let space = DiskReservations::default();
         let first = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
         let second = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
@@ -351,7 +351,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn who_is_not_wanted_any_more_does_not_wait() {
+    fn a_cancelled_fetch_does_not_wait() {
         let space = DiskReservations::default();
         let _first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
         let second = space.claim();
@@ -367,7 +367,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn room_is_seen_to_as_a_package_and_its_tree_grow() {
+    fn the_reservation_grows_with_the_package_and_its_tree() {
         let (space, place) = (DiskReservations::default(), std::env::temp_dir());
         let mut room = PackageSpace::new(&space, &place, soon());
         let wanted: &mut StillWanted<'_> = &mut || Ok(());

@@ -465,7 +465,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_read_as_they_are_written_and_nothing_else_is() {
+    fn only_valid_content_ranges_are_parsed() {
         for (text, from, total) in
             [("bytes 10-99/100", 10, Some(100)), (" bytes 0-0/1 ", 0, Some(1)), ("bytes 5-9/*", 5, None)]
         {

@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn links_that_leave_the_tree_are_refused() {
+    fn links_that_leave_the_tree_are_rejected() {
         for (path, target, leaves) in [
             ("link", "a", false),
             ("link", "../a", true),
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_directory_is_no_package() {
+    fn an_empty_directory_cannot_be_packed() {
         let dir = tempfile::tempdir().unwrap();
         assert!(PackTree::of_directory(dir.path()).is_err());
     }

@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pause_ends_when_nobody_waits_for_its_end_any_more() {
+    fn cancellation_ends_a_pause() {
         let mut asked = 0;
         let began = Instant::now();
         let mut progress = |_: u64, _: Option<u64>| {

@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_fails_on_this_host_is_not_refused_and_what_is_wrong_with_a_package_is() {
+    fn faulty_packages_are_rejections_and_failures_of_this_host_are_not() {
         let numbered = io::Error::from_raw_os_error;
         // As tar wraps an error of its reader.
         let wrapped = |error: io::Error| io::Error::new(error.kind(), error);

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_signed_here_is_verified_by_the_crate_that_hosts_use() {
+    fn a_signature_is_verified_by_the_crate_that_hosts_use() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("aops.key");
         std::fs::write(&path, Signer::generate().unwrap().secret_text().unwrap()).unwrap();
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_with_a_password_is_taken_with_that_password_alone() {
+    fn a_key_with_a_password_loads_with_that_password_only() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("aops.key");
         let load =
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_without_password_needs_no_checksum_but_must_be_whole() {
+    fn a_key_without_password_needs_no_checksum_but_must_be_intact() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("aops.key");
         let made = Signer::generate().unwrap();

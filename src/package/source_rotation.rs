@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn each_source_has_its_share_of_what_is_left_and_the_last_one_all_of_it() {
+    fn each_source_has_its_share_of_the_remaining_time_and_the_last_one_all_of_it() {
         let mut turns = SourceRotation::new(3);
         assert_eq!(turns.next(S(600)), turn(0, 200));
         turns.late(0, S(400));
@@ -106,14 +106,14 @@ mod tests {
     }
 
     #[test]
-    fn a_share_is_never_too_short_to_be_of_use() {
+    fn a_share_is_never_below_the_minimum() {
         let mut turns = SourceRotation::new(2);
         assert_eq!(turns.next(LEAST + LEAST / 2), Some(SourceAttempt { source: 0, time: LEAST }));
         assert_eq!(turns.next(LEAST / 2), Some(SourceAttempt { source: 1, time: LEAST / 2 }));
     }
 
     #[test]
-    fn damage_of_one_source_takes_no_try_from_another() {
+    fn damaged_data_from_one_source_takes_no_attempt_from_another() {
         // A single source is tried a second time.
         let mut turns = SourceRotation::new(1);
         assert_eq!(turns.next(S(9)), turn(0, 9));
@@ -143,7 +143,7 @@ mod tests {
     proptest! {
         /// Every source is tried before any is tried again, no attempt exceeds the remaining time, and the rotation ends.
         #[test]
-        fn everybody_has_a_turn_and_it_ends(sources in 1_usize..6, brought in prop::collection::vec(0_u8..3, 50)) {
+        fn every_source_is_tried_and_the_rotation_ends(sources in 1_usize..6, brought in prop::collection::vec(0_u8..3, 50)) {
             let (mut turns, mut left, mut order) = (SourceRotation::new(sources), S(600), Vec::new());
             for what in &brought {
                 let Some(turn) = turns.next(left) else { break };

@@ -166,7 +166,7 @@ fn a_signed_package_becomes_a_release() {
 }
 
 #[test]
-fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
+fn a_package_that_does_not_match_the_request_is_rejected_with_the_reason() {
     let (signer, stranger, bytes) = (Signer::new(), Signer::new(), archive(1000));
     let good = signer.sign(&bytes, &binding(3));
     let legacy = {
@@ -266,7 +266,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
 }
 
 #[test]
-fn an_untrusted_key_is_told_with_the_directory_of_the_trusted_ones() {
+fn the_error_for_an_untrusted_key_names_the_directory_of_trusted_keys() {
     let (desk, signer, stranger, bytes) = (Desk::new(), Signer::new(), Signer::new(), archive(10));
     let keys_directory = desk.directory.path().join("keys");
     signer.keys().save_to(&keys_directory).unwrap();
@@ -312,7 +312,7 @@ fn breaking(
 }
 
 #[test]
-fn a_cut_download_goes_on_where_it_stopped() {
+fn an_interrupted_download_is_resumed() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(400_000));
     let (server, ranges) = breaking(bytes.clone(), signer.sign(&bytes, &binding(1)), "\"a\"", 150_000, 2);
     desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &signer.keys()).unwrap();
@@ -322,7 +322,7 @@ fn a_cut_download_goes_on_where_it_stopped() {
 }
 
 #[test]
-fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
+fn a_later_fetch_resumes_a_partial_download_unless_the_file_changed() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(400_000));
     let signature = signer.sign(&bytes, &binding(1));
     let wanted = PackageRequest::new(release());
@@ -348,7 +348,7 @@ fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
 }
 
 #[test]
-fn a_download_that_only_lacked_its_name_is_not_made_again() {
+fn a_complete_partial_file_is_not_downloaded_again() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(1000));
     let signature = signer.sign(&bytes, &binding(1));
     desk.left(&bytes, Some("\"a\""));
@@ -361,7 +361,7 @@ fn a_download_that_only_lacked_its_name_is_not_made_again() {
 }
 
 #[test]
-fn a_package_that_could_not_be_accepted_is_not_downloaded() {
+fn a_package_with_an_unacceptable_signature_is_not_downloaded() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(1000));
     let signature = signer.sign(&bytes, &binding(1));
     let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
@@ -375,7 +375,7 @@ fn a_package_that_could_not_be_accepted_is_not_downloaded() {
 }
 
 #[test]
-fn a_busy_gateway_is_asked_again_and_a_refusing_one_is_quoted() {
+fn a_busy_gateway_is_retried_and_the_message_of_an_error_response_is_shown() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
     let signature = signer.sign(&bytes, &binding(1));
     let count = AtomicUsize::new(0);
@@ -391,7 +391,7 @@ fn a_busy_gateway_is_asked_again_and_a_refusing_one_is_quoted() {
 }
 
 #[test]
-fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks() {
+fn endpoints_are_tried_in_order_after_the_tarball_location_which_receives_no_agent_id() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
     let signature = signer.sign(&bytes, &binding(1));
     let empty = Server::plain(|_| CannedResponse::status(404));
@@ -434,7 +434,7 @@ fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks()
 }
 
 #[test]
-fn what_cannot_fit_is_not_begun() {
+fn a_package_without_enough_disk_space_is_not_downloaded() {
     let (desk, signer) = (Desk::new(), Signer::new());
     let count = Arc::new(AtomicUsize::new(0));
     let (signature, downloads) = (signer.sign(b"", &binding(1)), Arc::clone(&count));
@@ -463,7 +463,7 @@ fn what_cannot_fit_is_not_begun() {
 }
 
 #[test]
-fn a_local_package_needs_its_signature_and_says_what_it_claims_to_be() {
+fn a_local_package_needs_a_valid_signature() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
     let file = desk.directory.path().join("given.tar.zst");
     fs::write(&file, &bytes).unwrap();
@@ -483,7 +483,7 @@ fn a_local_package_needs_its_signature_and_says_what_it_claims_to_be() {
 }
 
 #[test]
-fn keys_are_kept_once_each_and_shown_by_minisigns_id() {
+fn keys_are_stored_without_duplicates_and_shown_by_minisign_id() {
     let published = "RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3";
     let keys = Keys::parse(&format!("untrusted comment: x\n{published}\n\n{published}")).unwrap();
     assert_eq!(keys.ids().map(|id| id.to_string()).collect::<Vec<_>>(), ["E7620F1842B4E81F"]);

@@ -89,7 +89,7 @@ mod tests {
 
     #[cfg(feature = "gateway")]
     #[test]
-    fn keys_are_read_back_and_replaced_not_piled_up() {
+    fn a_new_trailer_replaces_the_old_one() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("executable");
         std::fs::write(&path, b"\x7fELF and so on").unwrap();
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn the_document_describes_it() {
+    fn protocol_md_describes_the_trailer() {
         let magic = std::str::from_utf8(MAGIC).unwrap().trim_end();
         let words = format!("8 bytes, unsigned, little endian> <the {} bytes \"{magic}\\n\">", MAGIC.len());
         assert!(crate::core::protocol::document().contains(&words), "{words}");

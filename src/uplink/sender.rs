@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_endpoint_that_answers_is_heard_and_the_connection_kept() {
+    fn the_first_answer_is_used_and_the_connection_kept() {
         let busy = Server::plain(|_| CannedResponse::status(503));
         let good = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1", "generation": 7}"#));
         let unasked = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1", "generation": 8}"#));
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_is_not_believed_is_passed_over_and_trust_is_read_again() {
+    fn an_untrusted_endpoint_is_skipped_and_the_trust_files_are_reloaded() {
         let wrong = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-2"}"#));
         let good = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1"}"#));
         let mut both = sender(&[&wrong, &good]);
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_wait_that_an_endpoint_asks_for_is_told() {
+    fn the_longest_retry_after_is_reported() {
         let busy = |seconds: &'static str| {
             Server::plain(move |_| CannedResponse {
                 headers: vec![("retry-after", seconds.to_owned())],

@@ -301,7 +301,7 @@ fn what_no_host_would_unpack_is_not_published() {
     for (tree, os, word) in [
         (&in_case, "linux", "differ in case"),
         (&through, "linux", "leaves the package"),
-        (&windows, "windows", "cannot be the name of a file on windows"),
+        (&windows, "windows", "is not a valid file name on windows"),
     ] {
         let refusal = bench.refusal(&format!("--name a --version 1 --os {os} --arch amd64"), tree);
         assert!(refusal.contains(word), "{refusal}");

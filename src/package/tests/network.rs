@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use super::*;
 
 #[test]
-fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_same() {
+fn a_damaged_package_is_fetched_again_from_the_next_source_or_the_same_one() {
     let bytes = archive(1000);
     let (keys, signature) = signed(&bytes);
     let count = Arc::new(AtomicUsize::new(0));
@@ -59,7 +59,7 @@ fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_
 }
 
 #[test]
-fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
+fn a_response_that_is_not_part_of_the_file_leaves_the_partial_file_unchanged() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (count, whole) = (AtomicUsize::new(0), bytes.clone());
@@ -101,7 +101,7 @@ fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
 }
 
 #[test]
-fn a_part_of_another_file_is_not_taken_for_the_rest() {
+fn a_range_of_another_file_is_not_appended() {
     let bytes = archive(1000);
     let (keys, signature) = signed(&bytes);
     let size = bytes.len();
@@ -133,7 +133,7 @@ fn a_part_of_another_file_is_not_taken_for_the_rest() {
 }
 
 #[test]
-fn a_page_in_mid_download_costs_nothing_also_where_nobody_told_the_size() {
+fn an_html_page_leaves_the_partial_file_of_a_package_of_unknown_size_unchanged() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (count, rest) = (AtomicUsize::new(0), bytes[300_000..].to_vec());
@@ -158,7 +158,7 @@ fn a_page_in_mid_download_costs_nothing_also_where_nobody_told_the_size() {
 }
 
 #[test]
-fn who_asks_to_be_left_alone_for_long_is() {
+fn a_long_retry_after_ends_the_fetch() {
     let bytes = archive(10);
     let (keys, signature) = signed(&bytes);
     let count = Arc::new(AtomicUsize::new(0));
@@ -179,7 +179,7 @@ fn who_asks_to_be_left_alone_for_long_is() {
 }
 
 #[test]
-fn a_download_that_takes_too_long_ends_and_the_next_one_goes_on() {
+fn a_download_that_timed_out_is_resumed_by_the_next_one() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (count, whole, tag) = (AtomicUsize::new(0), bytes.clone(), vec![("etag", "\"a\"".to_owned())]);
@@ -218,7 +218,7 @@ fn a_download_that_takes_too_long_ends_and_the_next_one_goes_on() {
 }
 
 #[test]
-fn a_download_that_nobody_wants_any_more_ends_and_keeps_what_came() {
+fn a_cancelled_download_keeps_the_partial_file() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (server, _) = breaking(bytes, signature, "\"a\"", 0, 0);
@@ -229,7 +229,7 @@ fn a_download_that_nobody_wants_any_more_ends_and_keeps_what_came() {
 }
 
 #[test]
-fn downloads_keep_to_the_rate_that_they_share() {
+fn downloads_share_the_rate_limit() {
     let bytes = archive(150_000);
     let (keys, signature) = signed(&bytes);
     let server = depot(bytes.clone(), signature);
@@ -245,7 +245,7 @@ fn downloads_keep_to_the_rate_that_they_share() {
 }
 
 #[test]
-fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
+fn a_download_reserves_disk_space_until_it_is_unpacked() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (server, size) = (depot(bytes.clone(), signature), bytes.len() as u64);
@@ -280,7 +280,7 @@ fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
 }
 
 #[test]
-fn a_redirect_of_a_download_goes_nowhere_else_and_tells_nobody_else_who_asks() {
+fn a_download_follows_no_redirect_to_another_host_and_sends_it_no_agent_id() {
     let bytes = archive(10);
     let (keys, signature) = signed(&bytes);
     let stolen = Server::plain(|_| CannedResponse::ok("stolen"));

@@ -56,7 +56,7 @@ fn in_cache(desk: &Desk) -> usize {
 }
 
 #[test]
-fn a_source_that_dawdles_leaves_time_to_the_next_one() {
+fn a_slow_source_leaves_time_for_the_next_one() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (slow, asked) = serving(&bytes, &signature, dripping(100_000));
@@ -83,7 +83,7 @@ fn a_source_that_dawdles_leaves_time_to_the_next_one() {
 }
 
 #[test]
-fn one_whose_size_nobody_told_claims_room_as_it_comes() {
+fn a_package_of_unknown_size_reserves_space_as_it_arrives() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (server, asked) = serving(&bytes, &signature, |told, _| CannedResponse { no_length: true, ..told });
@@ -108,7 +108,7 @@ fn one_whose_size_nobody_told_claims_room_as_it_comes() {
 }
 
 #[test]
-fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
+fn a_package_without_space_to_unpack_is_not_rejected_and_not_downloaded_again() {
     // A small archive that unpacks to much more than is reserved for it.
     let bytes = archive_of(&vec![0; 8 << 20]);
     let (keys, signature) = signed(&bytes);
@@ -135,7 +135,7 @@ fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
 }
 
 #[test]
-fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
+fn a_partial_file_is_resumed_from_its_origin_or_from_a_source_with_the_same_etag() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     // The same origin may omit the ETag.
@@ -209,7 +209,7 @@ fn strict(
 }
 
 #[test]
-fn sources_that_know_a_file_by_different_etags_go_on_with_each_others_part() {
+fn a_source_with_another_etag_resumes_the_partial_file_if_size_and_hash_are_known() {
     let bytes = archive(2_000_000);
     let (keys, signature) = signed(&bytes);
     let (first, _) = strict(&bytes, &signature, "\"a\"", Some(100_000));
@@ -238,7 +238,7 @@ fn sources_that_know_a_file_by_different_etags_go_on_with_each_others_part() {
 }
 
 #[test]
-fn who_gives_up_a_download_waits_for_no_pause_of_it() {
+fn cancellation_interrupts_the_pause_before_a_retry() {
     let bytes = archive(1000);
     let (keys, signature) = signed(&bytes);
     let unwanted = Arc::new(AtomicBool::new(false));
@@ -261,7 +261,7 @@ fn who_gives_up_a_download_waits_for_no_pause_of_it() {
 }
 
 #[test]
-fn who_gives_up_a_download_ends_what_it_waits_for() {
+fn cancellation_interrupts_a_blocked_read() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     for no_length in [false, true] {
@@ -296,7 +296,7 @@ fn who_gives_up_a_download_ends_what_it_waits_for() {
 }
 
 #[test]
-fn who_gives_up_a_package_that_is_being_unpacked_has_it_downloaded_for_another_time() {
+fn cancellation_while_unpacking_keeps_the_downloaded_package() {
     let bytes = archive_of(&vec![0; 8 << 20]);
     let (keys, signature) = signed(&bytes);
     let (server, asked) = serving(&bytes, &signature, |told, _| told);
@@ -313,7 +313,7 @@ fn who_gives_up_a_package_that_is_being_unpacked_has_it_downloaded_for_another_t
 }
 
 #[test]
-fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
+fn a_sweep_clears_staging_old_downloads_and_the_oldest_beyond_the_cap() {
     let desk = Desk::new();
     sweep(&desk.places).unwrap();
     fs::create_dir_all(desk.places.staging.join("tree-x/y")).unwrap();

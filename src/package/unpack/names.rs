@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn each_system_has_names_that_it_cannot_hold() {
+    fn invalid_file_names_are_rejected_for_each_system() {
         for bad in [
             "NUL",
             "nul.txt",
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn names_fold_as_file_systems_without_case_do() {
+    fn case_folding_matches_case_insensitive_file_systems() {
         let folded = |text: &str| {
             let mut folded = String::new();
             fold_into(&mut folded, text);
@@ -171,7 +171,7 @@ mod tests {
     proptest! {
         /// An accepted path is below the root, is accepted again unchanged, and has no special components.
         #[test]
-        fn a_path_that_is_taken_stays_where_it_is(path in "[a-zA-Z0-9./\\\\: \u{0}-\u{1f}é]{0,40}") {
+        fn an_accepted_path_stays_below_the_root(path in "[a-zA-Z0-9./\\\\: \u{0}-\u{1f}é]{0,40}") {
             for os in [Os::Linux, Os::Windows] {
                 let limits = UnpackLimits::default();
                 if let Ok(clean) = relative(&path, os, &limits) {

@@ -81,7 +81,7 @@ fn unpacked(archive: &[u8], packing: Packing) -> (Place, Result<PathBuf, String>
 }
 
 #[test]
-fn every_kind_of_archive_makes_the_same_tree() {
+fn every_archive_format_gives_the_same_tree() {
     let long = format!("share/{}/{}", "a".repeat(120), "b".repeat(255));
     let program = vec![7; 200_000];
     let tar = |first: Tar| {
@@ -143,7 +143,7 @@ fn attacks_are_refused_and_leave_nothing_behind() {
 
 #[cfg(feature = "gateway")]
 #[test]
-fn what_is_published_is_judged_as_a_host_would() {
+fn packages_are_checked_before_publication_as_by_a_host() {
     let look = |bytes: &[u8], packing: &str, os: &str| {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
@@ -164,7 +164,7 @@ fn what_is_published_is_judged_as_a_host_would() {
 }
 
 #[test]
-fn what_only_looks_odd_is_taken() {
+fn unusual_but_valid_archives_are_accepted() {
     for (name, tar) in [
         ("links to links", Tar::default().file("f", b"x").link("a", "b").link("b", "f").link("d/c", "../a").end()),
         ("a hard link to a hard link", Tar::default().file("f", b"x").hard("a", "f").hard("b", "./a").end()),
@@ -213,7 +213,7 @@ fn limits_hold_for_entries_and_bytes() {
 }
 
 #[test]
-fn a_zip_whose_directory_would_take_the_memory_is_refused() {
+fn a_zip_with_an_oversized_directory_is_rejected() {
     let names: Vec<String> =
         (0..4200).map(|number| format!("{}/{number}", vec!["x".repeat(245); 4].join("/"))).collect();
     let zip = |count: usize| {
@@ -226,7 +226,7 @@ fn a_zip_whose_directory_would_take_the_memory_is_refused() {
 }
 
 #[test]
-fn a_few_bytes_do_not_become_gigabytes() {
+fn a_decompression_bomb_is_rejected() {
     let zeros = vec![0; 1 << 20];
     let bomb = zst(&Tar::default().file("x", &zeros).end());
     let limits = UnpackLimits { bytes: u64::MAX, ..UnpackLimits::default() }.of(bomb.len() as u64);
@@ -242,7 +242,7 @@ fn bomb_of(bytes: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_directory_that_hands_down_bits_hands_them_to_no_release() {
+fn a_release_inherits_no_mode_bits_of_its_parent_directory() {
     let place = Place::new();
     platform::set_mode(&place.staging(), 0o2755).unwrap();
     let tar = Tar::default().file("d/e/f", b"x").entry(b'0', "d/run", 0o755, "", b"x").end();
@@ -262,7 +262,7 @@ proptest! {
 
     /// For any archive: either every path of the tree resolves below its root, or nothing is left.
     #[test]
-    fn nothing_is_made_outside_of_the_tree(entries in prop::collection::vec(any_entry(), 1..12)) {
+    fn nothing_is_created_outside_of_the_tree(entries in prop::collection::vec(any_entry(), 1..12)) {
         let mut tar = Tar::default();
         for (kind, path, target) in &entries {
             let content: &[u8] = if *kind == b'0' { b"x" } else { b"" };
