@@ -22,10 +22,10 @@ use ureq::http::Uri;
 use crate::core::text::hex;
 
 pub use certificate::{end_of, key_of};
-pub use client::{Client, Disconnector, ForeignRedirect, HttpResponse, Requester, Timeouts, may_pass};
+pub use client::{Client, Disconnector, ForeignRedirect, HttpResponse, Requester, Timeouts, is_transient};
 pub use pins::{add_pins, expect_first_contact};
 pub use proxy::{Exception, Proxies, ProxyUrl};
-pub use tls::with_anyone;
+pub use tls::unverified_tls;
 pub use trust::{Distrust, Trust};
 
 /// Longer addresses are rejected.

@@ -19,7 +19,7 @@ pub mod keys;
 pub mod pack;
 mod partial;
 mod progress;
-mod refused;
+mod rejection;
 #[cfg(feature = "gateway")]
 pub mod sign;
 mod source_rotation;
@@ -52,14 +52,14 @@ use progress::DownloadProgress;
 use source_rotation::SourceRotation;
 
 pub use cache::{sweep, trim};
-pub use completion::{Completed, WithdrawnRelease, discard, whole};
+pub use completion::{Completed, WithdrawnRelease, discard, load_completed};
 pub use keys::Keys;
-pub use refused::{PackageRejected, is_refusal};
+pub use rejection::{PackageRejected, is_refusal};
 #[cfg(feature = "gateway")]
-pub use unpack::look_through;
+pub use unpack::inspect;
 pub use verify::sha256_of;
 #[cfg(feature = "gateway")]
-pub use verify::{SignatureStatus, claimed as binding_of, judge};
+pub use verify::{SignatureStatus, check_signature, claimed as binding_of};
 
 /// The suffix of a package's signature file, appended to the package's file name.
 pub const SIGNATURE_SUFFIX: &str = ".minisig";
@@ -133,7 +133,7 @@ impl PackagePaths {
 /// Resources that all fetches of a process share: disk space and download rate.
 #[derive(Debug, Default)]
 pub struct FetchLimits {
-    space: DiskReservations,
+    disk: DiskReservations,
     throttle: Mutex<Option<Throttle>>,
 }
 
@@ -160,10 +160,10 @@ pub struct FetchContext<'a> {
     /// Tried in order, after the location that the release names.
     pub endpoints: &'a [Endpoint],
     pub keys: &'a Keys,
-    pub places: &'a PackagePaths,
-    pub commons: &'a FetchLimits,
+    pub paths: &'a PackagePaths,
+    pub limits: &'a FetchLimits,
     /// Limit for the download of one package, all attempts together. The bytes received by then are kept for the next fetch.
-    pub within: Duration,
+    pub timeout: Duration,
 }
 
 /// Called with the number of bytes received and the total; returns `false` to cancel the fetch.
@@ -190,40 +190,44 @@ impl std::error::Error for Unavailable {}
 /// Fetches a release: downloads its package from the first source that has it, verifies and unpacks it.
 ///
 /// Fails with an [`Unavailable`] if all sources failed. A partial download is kept for the next fetch, unless the package was rejected.
-pub fn fetch(means: &FetchContext<'_>, wanted: &PackageRequest, progress: &mut Progress<'_>) -> Result<VerifiedTree> {
+pub fn fetch(
+    context: &FetchContext<'_>,
+    request: &PackageRequest,
+    progress: &mut Progress<'_>,
+) -> Result<VerifiedTree> {
     let mut attempt = || -> Result<VerifiedTree> {
-        means.keys.ensure_some()?;
-        let (file, packing) = wanted.file()?;
-        let places = means.places;
-        for place in [&places.cache, &places.staging] {
-            cache::make_private(place)?;
+        context.keys.ensure_not_empty()?;
+        let (file, packing) = request.file()?;
+        let paths = context.paths;
+        for directory in [&paths.cache, &paths.staging] {
+            cache::make_private(directory)?;
         }
-        if let Err(error) = trim(&places.cache, |_| true) {
+        if let Err(error) = trim(&paths.cache, |_| true) {
             tracing::warn!(error = format!("{error:#}"), "cannot remove abandoned downloads from the cache");
         }
-        let until = Instant::now() + means.within;
-        let (sources, unusable) = sources::sources(means.endpoints, wanted.tarball.as_deref())?;
+        let until = Instant::now() + context.timeout;
+        let (sources, unusable) = sources::sources(context.endpoints, request.tarball.as_deref())?;
         let mut failures: Vec<String> = unusable.iter().map(|error| format!("{error:#}")).collect();
         let (mut retry_after, mut refused) = (None, false);
-        let (mut watch, mut turns) = (DownloadProgress::new(&mut *progress), SourceRotation::new(sources.len()));
-        let mut room = PackageSpace::new(&means.commons.space, &places.staging, until);
+        let (mut progress, mut rotation) = (DownloadProgress::new(&mut *progress), SourceRotation::new(sources.len()));
+        let mut space = PackageSpace::new(&context.limits.disk, &paths.staging, until);
         let left = || until.saturating_duration_since(Instant::now());
-        while let Some(turn) = turns.next(left()) {
-            let (source, time) = (&sources[turn.source], turn.time);
-            let download = Download { means, source, file: &file, wanted, time, until: Instant::now() + time };
-            let error = match from(&download, packing, &mut room, &mut watch) {
+        while let Some(attempt) = rotation.next(left()) {
+            let (source, time) = (&sources[attempt.source], attempt.time);
+            let download = Download { context, source, file: &file, request, time, until: Instant::now() + time };
+            let error = match fetch_from(&download, packing, &mut space, &mut progress) {
                 Ok(tree) => return Ok(tree),
                 Err(SourceFailure::Host(error)) => return Err(error),
-                Err(SourceFailure::Source { error, retry_after: asked }) => {
-                    retry_after = retry_after.max(asked);
+                Err(SourceFailure::Source { error, retry_after: source_retry_after }) => {
+                    retry_after = retry_after.max(source_retry_after);
                     error
                 }
-                Err(SourceFailure::Late(error)) => {
-                    turns.late(turn.source, left());
+                Err(SourceFailure::TimedOut(error)) => {
+                    rotation.timed_out(attempt.source, left());
                     error
                 }
                 Err(SourceFailure::Damaged(error)) => {
-                    if turns.damaged(turn.source) {
+                    if rotation.damaged(attempt.source) {
                         let error = format!("{error:#}");
                         tracing::warn!(file, error, "a downloaded package is damaged; downloading it again");
                     }
@@ -236,7 +240,7 @@ pub fn fetch(means: &FetchContext<'_>, wanted: &PackageRequest, progress: &mut P
         failures.dedup();
         Err(anyhow!(Unavailable { why: all_failed(failures), retry_after, refused }))
     };
-    attempt().with_context(|| format!("cannot fetch {}", wanted.release))
+    attempt().with_context(|| format!("cannot fetch {}", request.release))
 }
 
 /// Joins the errors of all sources into one.
@@ -248,36 +252,36 @@ fn all_failed(mut failures: Vec<String>) -> String {
 }
 
 /// Fetches from one source.
-fn from(
+fn fetch_from(
     download: &Download<'_>,
     packing: Packing,
-    room: &mut PackageSpace<'_>,
-    watch: &mut DownloadProgress<'_>,
+    space: &mut PackageSpace<'_>,
+    progress: &mut DownloadProgress<'_>,
 ) -> Result<VerifiedTree, SourceFailure> {
-    let Download { means, source, file, wanted, .. } = *download;
-    let signature = fetch::signature(download, watch)?;
-    let examined = verify::examine(&signature, means.keys, wanted).map_err(SourceFailure::source)?;
-    let most = wanted.size.unwrap_or(MAX_PACKAGE_BYTES);
-    let part = PartialDownload::open(&means.places.cache, file, most, &examined, means.keys, watch);
-    let (mut part, began) = (part.map_err(SourceFailure::Host)?, Instant::now());
-    if let Err(failure) = fetch::archive(download, &mut part, room, watch) {
-        part.leave(wanted.size);
+    let Download { context, source, file, request, .. } = *download;
+    let signature = fetch::signature(download, progress)?;
+    let examined = verify::examine(&signature, context.keys, request).map_err(SourceFailure::source)?;
+    let limit = request.size.unwrap_or(MAX_PACKAGE_BYTES);
+    let part = PartialDownload::open(&context.paths.cache, file, limit, &examined, context.keys, progress);
+    let (mut part, start) = (part.map_err(SourceFailure::Host)?, Instant::now());
+    if let Err(failure) = fetch::archive(download, &mut part, space, progress) {
+        part.keep_if_resumable(request.size);
         return Err(failure);
     }
-    let (bytes, came, took) = (part.have(), part.came(), began.elapsed());
-    tracing::info!(file, bytes, came, milliseconds = took.as_millis() as u64, "package downloaded");
-    let (mut archive, verification, path) = part.whole();
-    let of_source = |error: anyhow::Error| error.context(format!("the package from {source} is rejected"));
-    let verified = verification.finish().map_err(|error| SourceFailure::Damaged(of_source(error)));
-    let verified =
-        verified.and_then(|signed| signed.compared(wanted).map_err(|error| SourceFailure::source(of_source(error))));
+    let (bytes, received, elapsed) = (part.size(), part.received(), start.elapsed());
+    tracing::info!(file, bytes, received, milliseconds = elapsed.as_millis() as u64, "package downloaded");
+    let (mut archive, verification, path) = part.into_parts();
+    let with_source = |error: anyhow::Error| error.context(format!("the package from {source} is rejected"));
+    let verified = verification.finish().map_err(|error| SourceFailure::Damaged(with_source(error)));
+    let verified = verified
+        .and_then(|signed| signed.ensure_announced(request).map_err(|error| SourceFailure::source(with_source(error))));
     let tree = verified.and_then(|verified| {
-        let staging = &means.places.staging;
+        let staging = &context.paths.staging;
         let mut may_write = |bytes| {
-            watch.still_wanted()?;
-            room.unpacks(bytes, &mut || Ok(watch.still_wanted()?))
+            progress.still_wanted()?;
+            space.reserve_tree(bytes, &mut || Ok(progress.still_wanted()?))
         };
-        unpacked(&mut archive, packing, verified, wanted, staging, &mut may_write).map_err(SourceFailure::Host)
+        unpack_verified(&mut archive, packing, verified, request, staging, &mut may_write).map_err(SourceFailure::Host)
     });
     if let Err(SourceFailure::Host(error)) = &tree
         && !is_refusal(error)
@@ -298,18 +302,18 @@ fn from(
 }
 
 /// Like [`fetch`], for a local file with its signature beside it. The file may have any name with the suffix of an archive format.
-pub fn open_local(file: &Path, wanted: &PackageRequest, keys: &Keys, staging: &Path) -> Result<VerifiedTree> {
+pub fn open_local(file: &Path, request: &PackageRequest, keys: &Keys, staging: &Path) -> Result<VerifiedTree> {
     let attempt = || -> Result<VerifiedTree> {
-        keys.ensure_some()?;
+        keys.ensure_not_empty()?;
         let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let packing = Packing::ALL.iter().copied().find(|packing| name.ends_with(&format!(".{packing}")));
         let packing = packing.context("the file name must end in .tar.zst, .tar.gz or .zip")?;
         fs::create_dir_all(staging).with_context(|| format!("cannot create {}", staging.display()))?;
         let size = fs::metadata(file)?.len();
-        let commons = FetchLimits::default();
-        let mut room = PackageSpace::new(&commons.space, staging, Instant::now());
-        room.fit(size, &mut || Ok(()))?;
-        let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
+        let limits = FetchLimits::default();
+        let mut space = PackageSpace::new(&limits.disk, staging, Instant::now());
+        space.reserve(size, &mut || Ok(()))?;
+        let examined = verify::examine(&local_signature(file)?, keys, request)?;
         // Others may be able to write to the given file, so verify and unpack a copy without a name.
         let mut copy = tempfile::tempfile_in(staging)
             .with_context(|| format!("cannot create a temporary file in {}", staging.display()))?;
@@ -317,9 +321,11 @@ pub fn open_local(file: &Path, wanted: &PackageRequest, keys: &Keys, staging: &P
         let mut given = File::open(file)?.take(size);
         verify::read_through(&mut given, &mut verification, Some(&mut copy), &mut |_| Ok(()))
             .with_context(|| format!("cannot copy the package to {}", staging.display()))?;
-        let verified = verification.finish()?.compared(wanted)?;
-        room.has_archive(size);
-        unpacked(&mut copy, packing, verified, wanted, staging, &mut |bytes| room.unpacks(bytes, &mut || Ok(())))
+        let verified = verification.finish()?.ensure_announced(request)?;
+        space.set_archive(size);
+        unpack_verified(&mut copy, packing, verified, request, staging, &mut |bytes| {
+            space.reserve_tree(bytes, &mut || Ok(()))
+        })
     };
     attempt().with_context(|| format!("cannot use the package {}", file.display()))
 }
@@ -341,28 +347,28 @@ fn local_signature(file: &Path) -> Result<String> {
 }
 
 /// Unpacks a verified package. `archive` is the file that was verified; no one else can write to it.
-fn unpacked(
+fn unpack_verified(
     archive: &mut File,
     packing: Packing,
     verified: verify::VerifiedPackage,
-    wanted: &PackageRequest,
+    request: &PackageRequest,
     staging: &Path,
     may_write: &mut unpack::MayWrite<'_>,
 ) -> Result<VerifiedTree> {
     archive.rewind()?;
     let limits = unpack::UnpackLimits::default();
-    let os = wanted.release.os;
-    let path = unpack::unpack(archive, packing, os, staging, &limits, may_write).map_err(refused::by_content)?;
-    let file = wanted.release.file_name(packing);
+    let os = request.release.os;
+    let path = unpack::unpack(archive, packing, os, staging, &limits, may_write).map_err(rejection::mark_rejected)?;
+    let file = request.release.file_name(packing);
     let verify::VerifiedPackage { binding, sha256, signer } = verified;
-    Ok(VerifiedTree { path: Unpacked(path), archive: None, file, binding, sha256, signer })
+    Ok(VerifiedTree { path: StagedTree(path), archive: None, file, binding, sha256, signer })
 }
 
 /// A tree in staging, removed when this is dropped.
 #[derive(Debug)]
-struct Unpacked(PathBuf);
+struct StagedTree(PathBuf);
 
-impl Drop for Unpacked {
+impl Drop for StagedTree {
     fn drop(&mut self) {
         // After the move the path no longer exists. If the removal fails, the next sweep removes the tree.
         let _ = store::remove_tree(&self.0);
@@ -396,7 +402,7 @@ impl Drop for CachedArchive {
 /// An unpacked package with a verified signature, in staging. Dropping it removes the tree.
 #[derive(Debug)]
 pub struct VerifiedTree {
-    path: Unpacked,
+    path: StagedTree,
     /// The archive in the cache; `None` for a local package.
     archive: Option<CachedArchive>,
     file: String,
@@ -460,9 +466,9 @@ impl VerifiedTree {
 }
 
 /// Compares the size of a package with the announced one.
-fn ensure_size(got: u64, wanted: Option<u64>) -> Result<()> {
-    if let Some(wanted) = wanted {
-        ensure!(got == wanted, "the size is {got} bytes, but {wanted} were announced");
+fn ensure_size(size: u64, announced: Option<u64>) -> Result<()> {
+    if let Some(announced) = announced {
+        ensure!(size == announced, "the size is {size} bytes, but {announced} were announced");
     }
     Ok(())
 }

@@ -54,12 +54,12 @@ impl From<anyhow::Error> for HeartbeatError {
 pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<HeartbeatAnswer, HeartbeatError> {
     let what = || format!("cannot send a heartbeat to {endpoint}");
     let json = serde_json::to_vec(heartbeat).with_context(what)?;
-    let asked = SystemTime::now();
+    let sent = SystemTime::now();
     let reply = client.post_json(endpoint, HEARTBEAT_PATH, &json).with_context(what)?;
-    let clock_offset = reply.date().and_then(|date| clock_offset(asked, SystemTime::now(), date));
+    let clock_offset = reply.date().and_then(|date| clock_offset(sent, SystemTime::now(), date));
     if reply.status() != 200 {
         let retry_after = reply.retry_after();
-        return Err(HeartbeatError { error: reply.refused().context(what()), retry_after, is_distrust: false });
+        return Err(HeartbeatError { error: reply.into_error().context(what()), retry_after, is_distrust: false });
     }
     let bytes = reply.bytes(MAX_ANSWER_BYTES).with_context(what)?;
     // Check before parsing: parsed values take many times the memory of their JSON.
@@ -82,9 +82,9 @@ pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Resu
     Ok(HeartbeatAnswer { answer, clock_offset })
 }
 
-/// Seconds by which this host's clock is ahead of the peer's, which read `theirs` (whole seconds) between our `asked` and `heard`.
-fn clock_offset(asked: SystemTime, heard: SystemTime, theirs: SystemTime) -> Option<i64> {
-    let ours = asked + heard.duration_since(asked).unwrap_or_default() / 2;
+/// Seconds by which this host's clock is ahead of the peer's, which read `theirs` (whole seconds) between our `sent` and `received`.
+fn clock_offset(sent: SystemTime, received: SystemTime, theirs: SystemTime) -> Option<i64> {
+    let ours = sent + received.duration_since(sent).unwrap_or_default() / 2;
     let theirs = theirs.checked_add(Duration::from_millis(500))?;
     let (ahead, apart) = match ours.duration_since(theirs) {
         Ok(apart) => (1, apart),
@@ -113,7 +113,7 @@ pub fn current_release(
             Ok(Some(offer))
         }
         404 => Ok(None),
-        _ => Err(reply.refused().context(what())),
+        _ => Err(reply.into_error().context(what())),
     }
 }
 
@@ -149,10 +149,10 @@ mod tests {
 
     #[test]
     fn a_heartbeat_is_answered() {
-        let server = Server::plain(|asked| {
-            assert_eq!((asked.method.as_str(), asked.path.as_str()), ("POST", "/api/heartbeat"));
-            assert_eq!(asked.headers.get("x-agent-id").map(String::as_str), Some("host-1"));
-            assert_eq!(serde_json::from_slice::<Heartbeat>(&asked.body).unwrap(), heartbeat());
+        let server = Server::plain(|request| {
+            assert_eq!((request.method.as_str(), request.path.as_str()), ("POST", "/api/heartbeat"));
+            assert_eq!(request.headers.get("x-agent-id").map(String::as_str), Some("host-1"));
+            assert_eq!(serde_json::from_slice::<Heartbeat>(&request.body).unwrap(), heartbeat());
             CannedResponse::ok(r#"{"agentId": "host-1", "generation": 7, "later": {"unknown": true}}"#)
         });
         assert_eq!(send(&client(), &server.endpoint(), &heartbeat()).unwrap().answer.generation, 7);
@@ -198,8 +198,8 @@ mod tests {
         let refusal = send(&trusting(Fingerprint::of(b"other")), &server.endpoint(), &heartbeat()).unwrap_err();
         assert!(refusal.is_distrust, "{refusal}");
         drop(server);
-        let nobody = format!("https://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
-        let refusal = send(&client(), &nobody.parse().unwrap(), &heartbeat()).unwrap_err();
+        let unused = format!("https://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+        let refusal = send(&client(), &unused.parse().unwrap(), &heartbeat()).unwrap_err();
         assert!(!refusal.is_distrust, "{refusal}");
     }
 
@@ -208,7 +208,7 @@ mod tests {
         let at = |millis: i64| {
             SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_000_u64.saturating_add_signed(millis))
         };
-        for (asked, heard, theirs, expected) in [
+        for (sent, received, theirs, expected) in [
             (0, 20, 0, 0),
             // A time of 0 seconds may mean up to one second later.
             (900, 990, 0, 0),
@@ -218,8 +218,8 @@ mod tests {
             // The clock was set back during the exchange.
             (5_000, 0, 0, 5),
         ] {
-            let offset = clock_offset(at(asked), at(heard), at(theirs)).unwrap();
-            assert!((offset - expected).abs() <= 1, "{asked} {heard} {theirs}: {offset}");
+            let offset = clock_offset(at(sent), at(received), at(theirs)).unwrap();
+            assert!((offset - expected).abs() <= 1, "{sent} {received} {theirs}: {offset}");
         }
         let server = Server::plain(|_| CannedResponse {
             headers: vec![("date", "Sun, 06 Nov 1994 08:49:37 GMT".to_owned())],
@@ -236,7 +236,7 @@ mod tests {
         let digest = "0".repeat(64);
         let body = format!(r#"{{"version": "2", "file": "demo-2_linux_amd64.zip", "sha256": "{digest}", "size": 5}}"#);
         let evil = body.replace("demo-2", "../demo-2");
-        let server = Server::plain(move |asked| match asked.path.as_str() {
+        let server = Server::plain(move |request| match request.path.as_str() {
             "/api/releases/demo?os=linux&arch=amd64" => CannedResponse::ok(body.clone()),
             "/api/releases/evil?os=linux&arch=amd64" => CannedResponse::ok(evil.clone()),
             "/api/releases/sick?os=linux&arch=amd64" => CannedResponse::status(500),

@@ -30,9 +30,9 @@ const MAX_IDLE_AGE: Duration = Duration::from_secs(90);
 const MAX_HEADER_BYTES: usize = 8 << 10;
 const MAX_REDIRECTS: usize = 5;
 /// Idle connections kept for each host.
-const MAX_KEPT: usize = 2;
+const MAX_IDLE_CONNECTIONS: usize = 2;
 /// The window in which the minimum rate is measured, as a multiple of the stall timeout.
-const DRIP_STALLS: u32 = 4;
+const SLOW_STALLS: u32 = 4;
 
 /// The timeouts of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,12 +69,12 @@ pub struct Client {
     insecure: bool,
     proxies: Proxies,
     timeouts: Timeouts,
-    judge: LoadedTrust,
+    trust: LoadedTrust,
     /// How certificates are verified, as a word for reports.
-    by: &'static str,
-    seen: SharedHandshakes,
+    trust_name: &'static str,
+    handshakes: SharedHandshakes,
     /// Number of connections started.
-    made: Arc<AtomicU64>,
+    connections: Arc<AtomicU64>,
 }
 
 /// On whose behalf a request is made.
@@ -83,24 +83,30 @@ pub enum Requester {
     /// This host: the server is one of our endpoints and receives the agent id.
     Host,
     /// No one: the server is not one of our endpoints.
-    Nobody,
+    Anonymous,
 }
 
 impl Client {
-    /// Like [`Client::through`], without a proxy.
+    /// Like [`Client::with_proxies`], without a proxy.
     #[cfg(test)]
     pub fn new(trust: &Trust, agent_id: Option<&AgentId>, timeouts: Timeouts) -> Result<Client> {
-        Client::through(&Proxies::default(), trust, agent_id, timeouts)
+        Client::with_proxies(&Proxies::default(), trust, agent_id, timeouts)
     }
 
     /// Loads the files that `trust` names. `agent_id` is sent to endpoints.
-    pub fn through(proxies: &Proxies, trust: &Trust, agent_id: Option<&AgentId>, timeouts: Timeouts) -> Result<Client> {
+    pub fn with_proxies(
+        proxies: &Proxies,
+        trust: &Trust,
+        agent_id: Option<&AgentId>,
+        timeouts: Timeouts,
+    ) -> Result<Client> {
         let insecure = *trust == Trust::Insecure;
         if insecure {
             tracing::warn!("TLS certificates are not verified, and plain http is allowed (--insecure)");
         }
-        let (seen, made) = (SharedHandshakes::default(), Arc::new(AtomicU64::new(0)));
-        let judge = LoadedTrust::new(trust)?;
+        let (handshakes, connections) = (SharedHandshakes::default(), Arc::new(AtomicU64::new(0)));
+        let trust_name = trust.name();
+        let trust = LoadedTrust::new(trust)?;
         let (input, output) = if timeouts.total.is_some() { (8 << 10, 4 << 10) } else { (64 << 10, 4 << 10) };
         let config = Agent::config_builder()
             .http_status_as_error(false)
@@ -112,7 +118,7 @@ impl Client {
             .input_buffer_size(input)
             .output_buffer_size(output)
             .max_idle_connections(4)
-            .max_idle_connections_per_host(MAX_KEPT)
+            .max_idle_connections_per_host(MAX_IDLE_CONNECTIONS)
             .max_idle_age(MAX_IDLE_AGE)
             .timeout_resolve(Some(timeouts.connect))
             .timeout_connect(Some(timeouts.connect))
@@ -123,25 +129,25 @@ impl Client {
         let connector =
             ().chain(ConnectProxyConnector::default())
                 .chain(TcpConnector::default())
-                .chain(StallConnector { window: timeouts.stall * DRIP_STALLS, made: Arc::clone(&made) })
-                .chain(TlsConnector::new(judge.clone(), proxies.tls_authorities(), Arc::clone(&seen)));
+                .chain(StallConnector { window: timeouts.stall * SLOW_STALLS, connections: Arc::clone(&connections) })
+                .chain(TlsConnector::new(trust.clone(), proxies.tls_authorities(), Arc::clone(&handshakes)));
         let agent = Agent::with_parts(config, connector, DefaultResolver::default());
-        let (agent_id, proxies, by) = (agent_id.cloned(), proxies.clone(), trust.word());
-        Ok(Client { agent, agent_id, insecure, proxies, timeouts, judge, by, seen, made })
+        let (agent_id, proxies) = (agent_id.cloned(), proxies.clone());
+        Ok(Client { agent, agent_id, insecure, proxies, timeouts, trust, trust_name, handshakes, connections })
     }
 
     /// A handle with which another thread aborts the requests of this client.
-    pub fn end(&self) -> Disconnector {
+    pub fn disconnector(&self) -> Disconnector {
         Disconnector(self.agent.clone())
     }
 
     /// The public key that this client pinned at a first contact, under [`Trust::FirstContact`].
     pub fn first_contact(&self) -> Option<Fingerprint> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).first_contact
+        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner).first_contact
     }
 
     fn last_handshake(&self, endpoint: &Endpoint) -> Option<Handshake> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).last.get(&endpoint.origin()).copied()
+        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner).last.get(&endpoint.origin()).copied()
     }
 
     /// The earliest expiry in the endpoint's last certificate chain, seconds since 1970.
@@ -154,8 +160,8 @@ impl Client {
         let end = self.certificate_end(endpoint).and_then(|end| i64::try_from(end).ok());
         let end = end.and_then(|end| jiff::Timestamp::from_second(end).ok());
         TrustReport {
-            by: self.by.to_owned(),
-            pins: self.judge.accepted(&endpoint.origin()).iter().map(ToString::to_string).collect(),
+            by: self.trust_name.to_owned(),
+            pins: self.trust.accepted(&endpoint.origin()).iter().map(ToString::to_string).collect(),
             certificate_end: end.map(|end| end.to_string()),
         }
     }
@@ -163,14 +169,14 @@ impl Client {
     /// Stores the public keys that an endpoint has announced in an answer: the present one and future ones. The connection passed the
     /// present pins. Invalid fingerprints are skipped. An endpoint without pins gets none.
     pub fn learn(&self, endpoint: &Endpoint, announced: &[String]) -> Result<()> {
-        let Some(Handshake { shown, .. }) = self.last_handshake(endpoint) else { return Ok(()) };
+        let Some(Handshake { identity, .. }) = self.last_handshake(endpoint) else { return Ok(()) };
         let announced: Vec<Fingerprint> = announced.iter().filter_map(|pin| pin.parse().ok()).take(MAX_PINS).collect();
-        self.judge.learn(&endpoint.origin(), shown, &announced)
+        self.trust.learn(&endpoint.origin(), identity, &announced)
     }
 
     /// Sends a GET for `path` (starts with a slash, may have a query) to an endpoint, with the agent id.
     pub fn get(&self, endpoint: &Endpoint, path: &str, headers: &[(&str, &str)]) -> Result<HttpResponse> {
-        self.got(endpoint, path, headers, Requester::Host, None)
+        self.get_with(endpoint, path, headers, Requester::Host, None)
     }
 
     /// Downloads a file, or a range of it. The limit covers the whole transfer and all redirects.
@@ -179,16 +185,16 @@ impl Client {
         from: &Endpoint,
         path: &str,
         headers: &[(&str, &str)],
-        asker: Requester,
-        within: Duration,
+        requester: Requester,
+        timeout: Duration,
     ) -> Result<HttpResponse> {
-        self.got(from, path, headers, asker, Some(within))
+        self.get_with(from, path, headers, requester, Some(timeout))
     }
 
     /// Posts JSON to an endpoint.
     pub fn post_json(&self, endpoint: &Endpoint, path: &str, json: &[u8]) -> Result<HttpResponse> {
         let proxy = self.proxy_for(endpoint)?;
-        let response = self.asked(|| {
+        let response = self.send(|| {
             let mut request = self.agent.post(endpoint.url(path)).header(header::CONTENT_TYPE, "application/json");
             if let Some(id) = &self.agent_id {
                 request = request.header(AGENT_ID_HEADER, id.as_str());
@@ -203,40 +209,40 @@ impl Client {
     /// only on sending. A new connection is tried once.
     ///
     /// Such a request was most likely not processed. All requests sent here are idempotent, so a repetition does no harm.
-    fn asked(&self, ask: impl Fn() -> Result<Response<Body>, ureq::Error>) -> Result<Response<Body>, ureq::Error> {
-        for _ in 0..MAX_KEPT {
-            let made = self.made.load(Ordering::SeqCst);
-            match ask() {
-                Err(error) if is_dead(&error) && made == self.made.load(Ordering::SeqCst) => {
+    fn send(&self, request: impl Fn() -> Result<Response<Body>, ureq::Error>) -> Result<Response<Body>, ureq::Error> {
+        for _ in 0..MAX_IDLE_CONNECTIONS {
+            let connections = self.connections.load(Ordering::SeqCst);
+            match request() {
+                Err(error) if is_closed(&error) && connections == self.connections.load(Ordering::SeqCst) => {
                     tracing::debug!(%error, "a reused connection is closed; reconnecting");
                 }
                 outcome => return outcome,
             }
         }
-        ask()
+        request()
     }
 
-    fn got(
+    fn get_with(
         &self,
         from: &Endpoint,
         path: &str,
         headers: &[(&str, &str)],
-        asker: Requester,
-        within: Option<Duration>,
+        requester: Requester,
+        timeout: Option<Duration>,
     ) -> Result<HttpResponse> {
         let proxy = self.proxy_for(from)?;
-        let began = Instant::now();
+        let start = Instant::now();
         let mut url = from.url(path);
         for _ in 0..=MAX_REDIRECTS {
-            let response = self.asked(|| {
+            let response = self.send(|| {
                 let mut request = self.agent.get(&url);
                 for (name, value) in headers {
                     request = request.header(*name, *value);
                 }
-                if let Some(id) = self.agent_id.as_ref().filter(|_| asker == Requester::Host) {
+                if let Some(id) = self.agent_id.as_ref().filter(|_| requester == Requester::Host) {
                     request = request.header(AGENT_ID_HEADER, id.as_str());
                 }
-                let total = within.map(|within| within.saturating_sub(began.elapsed())).or(self.timeouts.total);
+                let total = timeout.map(|timeout| timeout.saturating_sub(start.elapsed())).or(self.timeouts.total);
                 let proxy = proxy.map(|proxy| proxy.proxy().clone());
                 request.config().proxy(proxy).timeout_global(total).build().call()
             });
@@ -316,7 +322,7 @@ impl Client {
 }
 
 /// Whether the connection was closed before any answer arrived.
-fn is_dead(error: &ureq::Error) -> bool {
+fn is_closed(error: &ureq::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     let kinds = [BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof];
     matches!(error, ureq::Error::Io(error) if kinds.contains(&error.kind()))
@@ -361,7 +367,7 @@ impl std::fmt::Display for NoResponse {
 impl std::error::Error for NoResponse {}
 
 /// Whether an error may be temporary: a network failure, not a faulty request or an untrusted server.
-pub fn may_pass(error: &anyhow::Error) -> bool {
+pub fn is_transient(error: &anyhow::Error) -> bool {
     error.downcast_ref::<NoResponse>().is_some()
 }
 
@@ -407,7 +413,7 @@ impl HttpResponse {
     }
 
     /// Whether the body is an HTML page; no gateway sends one for a file.
-    pub fn is_page(&self) -> bool {
+    pub fn is_html(&self) -> bool {
         let kind = self.header("content-type").unwrap_or_default().trim_start().to_ascii_lowercase();
         kind.starts_with("text/html") || kind.starts_with("application/xhtml")
     }
@@ -453,23 +459,23 @@ impl HttpResponse {
 
     /// Reads the body as a stream; the caller limits its size.
     pub fn reader(self) -> impl Read {
-        let window = self.stall * DRIP_STALLS;
+        let window = self.stall * SLOW_STALLS;
         let body = self.body.into_with_config().limit(u64::MAX).reader();
         BodyReader { stall: self.stall, window, pace: MinimumRate::new(window, LEAST_PER_SECOND), body }
     }
 
     /// Converts an unexpected answer to an error with the status and the server's message.
-    pub fn refused(self) -> anyhow::Error {
+    pub fn into_error(self) -> anyhow::Error {
         let (origin, status) = (self.origin.clone(), self.status);
-        let said = self.bytes(4096).unwrap_or_default();
-        let said = match serde_json::from_slice::<serde_json::Value>(&said) {
+        let message = self.bytes(4096).unwrap_or_default();
+        let message = match serde_json::from_slice::<serde_json::Value>(&message) {
             Ok(json) => json.get("errorMessage").and_then(|text| text.as_str()).unwrap_or_default().to_owned(),
-            Err(_) => String::from_utf8_lossy(&said).into_owned(),
+            Err(_) => String::from_utf8_lossy(&message).into_owned(),
         };
-        let said: String = said.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
-        match said.trim() {
+        let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
+        match message.trim() {
             "" => anyhow!("{origin} answered {status}"),
-            said => anyhow!("{origin} answered {status}: {said}"),
+            message => anyhow!("{origin} answered {status}: {message}"),
         }
     }
 }

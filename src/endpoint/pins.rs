@@ -50,13 +50,13 @@ struct GatewayPins {
 }
 
 impl GatewayPins {
-    fn accepts(&self, shown: ServerIdentity) -> bool {
-        shown.key.is_some_and(|key| self.key == Some(key) || self.announced.contains(&key))
+    fn accepts(&self, identity: ServerIdentity) -> bool {
+        identity.key.is_some_and(|key| self.key == Some(key) || self.announced.contains(&key))
     }
 
     /// The keys after a success. An empty announcement keeps the announced keys; another one replaces them.
-    fn after(&self, shown: ServerIdentity, announced: &[Fingerprint]) -> GatewayPins {
-        let Some(key) = shown.key else { return self.clone() };
+    fn after(&self, identity: ServerIdentity, announced: &[Fingerprint]) -> GatewayPins {
+        let Some(key) = identity.key else { return self.clone() };
         let announced = if announced.is_empty() { &self.announced } else { announced };
         let announced = announced.iter().copied().filter(|other| *other != key).take(protocol::MAX_PINS).collect();
         GatewayPins { key: Some(key), announced }
@@ -107,9 +107,11 @@ impl Pins {
         store::load(path)
     }
 
-    pub(super) fn say(&self, origin: &str, shown: ServerIdentity) -> PinMatch {
+    pub(super) fn check(&self, origin: &str, identity: ServerIdentity) -> PinMatch {
         match self.pins.get(origin) {
-            Some(pinned) if pinned.certificate == shown.certificate || pinned.learned.accepts(shown) => PinMatch::Known,
+            Some(pinned) if pinned.certificate == identity.certificate || pinned.learned.accepts(identity) => {
+                PinMatch::Known
+            }
             Some(pinned) => PinMatch::Changed { known: pinned.learned.key.unwrap_or(pinned.certificate) },
             None if self.pins.len() >= MAX_PINS => PinMatch::Full,
             None => PinMatch::First,
@@ -117,18 +119,18 @@ impl Pins {
     }
 
     /// Pins the identity of a first contact.
-    pub(super) fn add(&mut self, origin: &str, shown: ServerIdentity) {
-        let (first_seen, learned) = (jiff::Timestamp::now().to_string(), GatewayPins::default().after(shown, &[]));
+    pub(super) fn add(&mut self, origin: &str, identity: ServerIdentity) {
+        let (first_seen, learned) = (jiff::Timestamp::now().to_string(), GatewayPins::default().after(identity, &[]));
         let pinned =
-            FirstContactPin { certificate: shown.certificate, first_seen, learned, unknown: Default::default() };
+            FirstContactPin { certificate: identity.certificate, first_seen, learned, unknown: Default::default() };
         self.pins.insert(origin.to_owned(), pinned);
     }
 
     /// Records a success and the announced keys; returns whether anything changed.
-    fn learn(&mut self, origin: &str, shown: ServerIdentity, announced: &[Fingerprint]) -> bool {
+    fn learn(&mut self, origin: &str, identity: ServerIdentity, announced: &[Fingerprint]) -> bool {
         let Some(pinned) = self.pins.get_mut(origin) else { return false };
-        let learned = pinned.learned.after(shown, announced);
-        let after = FirstContactPin { certificate: shown.certificate, learned, ..pinned.clone() };
+        let learned = pinned.learned.after(identity, announced);
+        let after = FirstContactPin { certificate: identity.certificate, learned, ..pinned.clone() };
         std::mem::replace(pinned, after) != *pinned
     }
 
@@ -189,9 +191,9 @@ impl GatewayKeys {
 }
 
 /// Whether an identity matches the settings' pins of a gateway, or a key recorded under them.
-pub(super) fn is_pinned(path: &Path, origin: &str, pins: &[Fingerprint], shown: ServerIdentity) -> bool {
-    let is_named = pins.contains(&shown.certificate) || shown.key.is_some_and(|key| pins.contains(&key));
-    is_named || GatewayKeys::load_or_empty(path).of(origin, pins).accepts(shown)
+pub(super) fn is_pinned(path: &Path, origin: &str, pins: &[Fingerprint], identity: ServerIdentity) -> bool {
+    let is_named = pins.contains(&identity.certificate) || identity.key.is_some_and(|key| pins.contains(&key));
+    is_named || GatewayKeys::load_or_empty(path).of(origin, pins).accepts(identity)
 }
 
 /// Records a success with a gateway that the settings pin, and its announced keys.
@@ -199,11 +201,11 @@ pub(super) fn learn_pinned(
     path: &Path,
     origin: &str,
     pins: &[Fingerprint],
-    shown: ServerIdentity,
+    identity: ServerIdentity,
     announced: &[Fingerprint],
 ) -> Result<()> {
     let mut known = GatewayKeys::load_or_empty(path);
-    let learned = known.of(origin, pins).after(shown, announced);
+    let learned = known.of(origin, pins).after(identity, announced);
     let before = known.gateways.get(origin).cloned().unwrap_or_default();
     let after = SettingsPin { of: pins.to_vec(), learned, unknown: before.unknown.clone() };
     if after == before || (!known.gateways.contains_key(origin) && known.gateways.len() >= MAX_PINS) {
@@ -223,11 +225,11 @@ pub(super) fn accepted_pinned(path: &Path, origin: &str, pins: &[Fingerprint]) -
 pub(super) fn learn_first_contact(
     path: &Path,
     origin: &str,
-    shown: ServerIdentity,
+    identity: ServerIdentity,
     announced: &[Fingerprint],
 ) -> Result<()> {
     let Some(mut pins) = Pins::load(path)? else { return Ok(()) };
-    if pins.learn(origin, shown, announced) { pins.save(path) } else { Ok(()) }
+    if pins.learn(origin, identity, announced) { pins.save(path) } else { Ok(()) }
 }
 
 /// The fingerprints accepted for a gateway pinned at its first contact.
@@ -244,44 +246,44 @@ pub fn expect_first_contact(path: &Path) -> Result<()> {
 /// Adds the pins in the file `from` to those in `to`; existing pins are kept.
 pub fn add_pins(from: &Path, to: &Path) -> Result<()> {
     let Some(new) = Pins::load(from)? else { return Ok(()) };
-    let standing = Pins::load(to)?;
-    let is_there = standing.is_some();
-    let mut pins = standing.unwrap_or_default();
+    let existing = Pins::load(to)?;
+    let exists = existing.is_some();
+    let mut pins = existing.unwrap_or_default();
     let before = pins.pins.len();
     for (origin, pinned) in new.pins {
         pins.pins.entry(origin).or_insert(pinned);
     }
-    if is_there && pins.pins.len() == before { Ok(()) } else { pins.save(to) }
+    if exists && pins.pins.len() == before { Ok(()) } else { pins.save(to) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn print(n: u8) -> Fingerprint {
+    fn fingerprint(n: u8) -> Fingerprint {
         Fingerprint::of(&[n])
     }
 
     fn certificate(n: u8) -> ServerIdentity {
-        ServerIdentity { certificate: print(n), key: Some(print(100 + n)) }
+        ServerIdentity { certificate: fingerprint(n), key: Some(fingerprint(100 + n)) }
     }
 
     /// A different certificate with the key of number `n`.
     fn renewed(n: u8) -> ServerIdentity {
-        ServerIdentity { certificate: print(200 + n), ..certificate(n) }
+        ServerIdentity { certificate: fingerprint(200 + n), ..certificate(n) }
     }
 
     #[test]
     fn pins_are_limited() {
         let mut pins = Pins::default();
         for n in 0..MAX_PINS {
-            assert_eq!(pins.say(&format!("https://{n}:1"), certificate(1)), PinMatch::First);
+            assert_eq!(pins.check(&format!("https://{n}:1"), certificate(1)), PinMatch::First);
             pins.add(&format!("https://{n}:1"), certificate(1));
         }
-        assert_eq!(pins.say("https://another:1", certificate(1)), PinMatch::Full);
+        assert_eq!(pins.check("https://another:1", certificate(1)), PinMatch::Full);
         // Known pins are not affected.
-        assert_eq!(pins.say("https://1:1", certificate(1)), PinMatch::Known);
-        assert_eq!(pins.say("https://1:1", certificate(2)), PinMatch::Changed { known: print(101) });
+        assert_eq!(pins.check("https://1:1", certificate(1)), PinMatch::Known);
+        assert_eq!(pins.check("https://1:1", certificate(2)), PinMatch::Changed { known: fingerprint(101) });
     }
 
     #[test]
@@ -293,17 +295,17 @@ mod tests {
         new.add("https://b:1", certificate(1));
         new.save(&from).unwrap();
         expect_first_contact(&to).unwrap();
-        let mut standing = Pins::load(&to).unwrap().unwrap();
-        standing.add("https://b:1", certificate(2));
-        standing.add("https://c:1", certificate(2));
-        standing.save(&to).unwrap();
+        let mut existing = Pins::load(&to).unwrap().unwrap();
+        existing.add("https://b:1", certificate(2));
+        existing.add("https://c:1", certificate(2));
+        existing.save(&to).unwrap();
         add_pins(&from, &to).unwrap();
         let pins = Pins::load(&to).unwrap().unwrap();
-        let known = |origin: &str, n: u8| pins.say(origin, certificate(n)) == PinMatch::Known;
+        let known = |origin: &str, n: u8| pins.check(origin, certificate(n)) == PinMatch::Known;
         assert!(known("https://a:1", 1) && known("https://b:1", 2) && known("https://c:1", 2));
         // As an operator writes it after the file was lost.
         std::fs::write(&to, "{}").unwrap();
-        assert_eq!(Pins::load(&to).unwrap().unwrap().say("https://a:1", certificate(1)), PinMatch::First);
+        assert_eq!(Pins::load(&to).unwrap().unwrap().check("https://a:1", certificate(1)), PinMatch::First);
     }
 
     #[test]
@@ -311,49 +313,51 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("pins");
         // As written by an older version.
-        let old =
-            format!(r#"{{"pins": {{"https://a:1": {{"certificate": "{}", "firstSeen": "x", "y": 1}}}}}}"#, print(1));
+        let old = format!(
+            r#"{{"pins": {{"https://a:1": {{"certificate": "{}", "firstSeen": "x", "y": 1}}}}}}"#,
+            fingerprint(1)
+        );
         std::fs::write(&path, old).unwrap();
-        let say = |shown| Pins::load(&path).unwrap().unwrap().say("https://a:1", shown);
-        let learn = |shown, announced: &[u8]| {
-            let announced: Vec<Fingerprint> = announced.iter().map(|n| print(100 + n)).collect();
-            learn_first_contact(&path, "https://a:1", shown, &announced).unwrap();
+        let check = |identity| Pins::load(&path).unwrap().unwrap().check("https://a:1", identity);
+        let learn = |identity, announced: &[u8]| {
+            let announced: Vec<Fingerprint> = announced.iter().map(|n| fingerprint(100 + n)).collect();
+            learn_first_contact(&path, "https://a:1", identity, &announced).unwrap();
         };
-        assert_eq!(say(renewed(1)), PinMatch::Changed { known: print(1) });
+        assert_eq!(check(renewed(1)), PinMatch::Changed { known: fingerprint(1) });
         learn(certificate(1), &[1, 2]);
-        assert_eq!((say(renewed(1)), say(certificate(2))), (PinMatch::Known, PinMatch::Known));
-        assert_eq!(say(certificate(3)), PinMatch::Changed { known: print(101) });
+        assert_eq!((check(renewed(1)), check(certificate(2))), (PinMatch::Known, PinMatch::Known));
+        assert_eq!(check(certificate(3)), PinMatch::Changed { known: fingerprint(101) });
         // An empty announcement removes nothing; the certificate is that of the last success, for older versions.
         learn(renewed(1), &[]);
         assert_eq!(
-            (say(certificate(2)), say(certificate(3))),
-            (PinMatch::Known, PinMatch::Changed { known: print(101) })
+            (check(certificate(2)), check(certificate(3))),
+            (PinMatch::Known, PinMatch::Changed { known: fingerprint(101) })
         );
         learn(certificate(2), &[2, 3]);
         assert_eq!(
-            (say(certificate(3)), say(certificate(1))),
-            (PinMatch::Known, PinMatch::Changed { known: print(102) })
+            (check(certificate(3)), check(certificate(1))),
+            (PinMatch::Known, PinMatch::Changed { known: fingerprint(102) })
         );
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains("\"y\": 1") || text.contains("\"y\":1"), "{text}");
-        assert_eq!(accepted_first_contact(&path, "https://a:1"), [print(102), print(103), print(2)]);
+        assert_eq!(accepted_first_contact(&path, "https://a:1"), [fingerprint(102), fingerprint(103), fingerprint(2)]);
         // Nothing is recorded for an origin without a pin.
         learn_first_contact(&path, "https://b:1", certificate(9), &[]).unwrap();
-        assert_eq!(Pins::load(&path).unwrap().unwrap().say("https://b:1", certificate(9)), PinMatch::First);
+        assert_eq!(Pins::load(&path).unwrap().unwrap().check("https://b:1", certificate(9)), PinMatch::First);
     }
 
     #[test]
     fn learned_keys_are_valid_only_for_the_pins_in_the_settings() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keys");
-        let (origin, pins, others) = ("https://a:1", [print(1)], [print(7)]);
+        let (origin, pins, others) = ("https://a:1", [fingerprint(1)], [fingerprint(7)]);
         assert!(is_pinned(&path, origin, &pins, certificate(1)) && !is_pinned(&path, origin, &pins, renewed(1)));
-        learn_pinned(&path, origin, &pins, certificate(1), &[print(101), print(102)]).unwrap();
+        learn_pinned(&path, origin, &pins, certificate(1), &[fingerprint(101), fingerprint(102)]).unwrap();
         assert!(is_pinned(&path, origin, &pins, renewed(1)) && is_pinned(&path, origin, &pins, certificate(2)));
         assert!(!is_pinned(&path, origin, &pins, certificate(3)));
         assert!(!is_pinned(&path, "https://b:1", &pins, certificate(2)));
         assert!(!is_pinned(&path, origin, &others, renewed(1)), "the pins in the settings changed");
-        assert_eq!(accepted_pinned(&path, origin, &pins), [print(101), print(102), print(1)]);
+        assert_eq!(accepted_pinned(&path, origin, &pins), [fingerprint(101), fingerprint(102), fingerprint(1)]);
         std::fs::write(&path, "{").unwrap();
         assert!(!is_pinned(&path, origin, &pins, renewed(1)) && is_pinned(&path, origin, &pins, certificate(1)));
         learn_pinned(&path, origin, &pins, certificate(1), &[]).unwrap();

@@ -113,7 +113,7 @@ pub enum Exception {
 
 impl Exception {
     fn covers(&self, endpoint: &Endpoint) -> bool {
-        let host = bare(endpoint.host());
+        let host = without_brackets(endpoint.host());
         let same_port = |port: &Option<u16>| port.is_none_or(|port| port == endpoint.port());
         match self {
             Exception::All => true,
@@ -126,7 +126,7 @@ impl Exception {
     }
 }
 
-fn bare(host: &str) -> &str {
+fn without_brackets(host: &str) -> &str {
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 
@@ -155,11 +155,11 @@ impl FromStr for Exception {
         if text == "*" {
             return Ok(Exception::All);
         }
-        if let Ok(address) = bare(&text).parse::<IpAddr>() {
+        if let Ok(address) = without_brackets(&text).parse::<IpAddr>() {
             return Ok(Exception::Network { address, bits: width(address), port: None });
         }
         if let Some((address, bits)) = text.split_once('/') {
-            let address: IpAddr = bare(address).parse().map_err(|_| BadException)?;
+            let address: IpAddr = without_brackets(address).parse().map_err(|_| BadException)?;
             let bits = bits.parse().ok().filter(|bits| *bits <= width(address)).ok_or(BadException)?;
             return Ok(Exception::Network { address, bits, port: None });
         }
@@ -167,7 +167,7 @@ impl FromStr for Exception {
             Some((host, port)) => (host, Some(port.parse().map_err(|_| BadException)?)),
             None => (text.as_str(), None),
         };
-        if let Ok(address) = bare(host).parse::<IpAddr>() {
+        if let Ok(address) = without_brackets(host).parse::<IpAddr>() {
             return Ok(Exception::Network { address, bits: width(address), port });
         }
         let below = host.strip_prefix('*').unwrap_or(host);
@@ -223,26 +223,26 @@ pub struct Proxies {
 /// A proxy, and where it was configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ConfiguredProxy {
-    by: String,
+    source: String,
     proxy: Result<ProxyUrl, BadProxy>,
 }
 
 impl Proxies {
     /// One proxy for both schemes, from the settings.
-    pub fn chosen(proxy: &ProxyUrl, except: &[Exception]) -> Proxies {
-        let named = ConfiguredProxy { by: "the settings (proxy)".to_owned(), proxy: Ok(proxy.clone()) };
+    pub fn from_settings(proxy: &ProxyUrl, except: &[Exception]) -> Proxies {
+        let named = ConfiguredProxy { source: "the settings (proxy)".to_owned(), proxy: Ok(proxy.clone()) };
         Proxies { https: Some(named.clone()), http: Some(named), except: except.to_vec() }
     }
 
     /// From the environment, in lower or upper case: `https_proxy`, `http_proxy`, `all_proxy`, with the exceptions in `no_proxy`.
-    pub fn of_environment(variable: impl Fn(&str) -> Option<String>) -> Proxies {
+    pub fn from_environment(variable: impl Fn(&str) -> Option<String>) -> Proxies {
         let value = |name: &str| {
             let names = [name.to_owned(), name.to_ascii_uppercase()];
             names.into_iter().find_map(|name| Some((variable(&name).filter(|text| !text.trim().is_empty())?, name)))
         };
         let named = |name: &str| {
-            let (text, by) = value(name).or_else(|| value("all_proxy"))?;
-            Some(ConfiguredProxy { by, proxy: text.parse() })
+            let (text, source) = value(name).or_else(|| value("all_proxy"))?;
+            Some(ConfiguredProxy { source, proxy: text.parse() })
         };
         let listed = value("no_proxy").map(|(text, _)| text).unwrap_or_default();
         let except = listed.split([',', ' ']).filter_map(|item| item.parse().ok()).take(MAX_EXCEPTIONS).collect();
@@ -267,8 +267,8 @@ impl Proxies {
         match named {
             None => Ok(None),
             Some(ConfiguredProxy { proxy: Ok(proxy), .. }) => Ok(Some(proxy)),
-            Some(ConfiguredProxy { proxy: Err(why), by }) => bail!(
-                "cannot use the proxy in {by}: {why}; fix the address, or list {} in noProxy (in the environment NO_PROXY)",
+            Some(ConfiguredProxy { proxy: Err(why), source }) => bail!(
+                "cannot use the proxy in {source}: {why}; fix the address, or list {} in noProxy (in the environment NO_PROXY)",
                 endpoint.host()
             ),
         }
@@ -286,7 +286,7 @@ mod tests {
     use super::*;
 
     fn environment(pairs: &[(&str, &str)]) -> Proxies {
-        Proxies::of_environment(|name| {
+        Proxies::from_environment(|name| {
             pairs.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
         })
     }
@@ -305,7 +305,7 @@ mod tests {
             let proxy: ProxyUrl = text.parse().unwrap();
             assert!(proxy.with_secret().contains("user:secret@") && proxy.has_secret(), "{text}");
             assert_eq!(proxy.to_string(), shown);
-            let debugged = format!("{proxy:?} {:?}", Proxies::chosen(&proxy, &[]));
+            let debugged = format!("{proxy:?} {:?}", Proxies::from_settings(&proxy, &[]));
             assert!(!debugged.contains("secret"), "{debugged}");
         }
         assert!(!"http://proxy.example:3128".parse::<ProxyUrl>().unwrap().has_secret());

@@ -21,14 +21,14 @@ pub(super) const LEAST_PER_SECOND: u64 = 1 << 10;
 pub(super) struct StallConnector {
     pub(super) window: Duration,
     /// Number of connections started.
-    pub(super) made: Arc<AtomicU64>,
+    pub(super) connections: Arc<AtomicU64>,
 }
 
 impl<In: Transport> Connector<In> for StallConnector {
     type Out = StallTransport<In>;
 
     fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, ureq::Error> {
-        self.made.fetch_add(1, Ordering::SeqCst);
+        self.connections.fetch_add(1, Ordering::SeqCst);
         let paced = |inner| StallTransport {
             inner,
             pace: MinimumRate::new(self.window, LEAST_PER_SECOND),
@@ -58,9 +58,9 @@ impl<In: Transport> Transport for StallTransport<In> {
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
         let before = self.inner.buffers().input().len();
         let progress = self.inner.await_input(timeout)?;
-        let came = self.inner.buffers().input().len().saturating_sub(before) as u64;
+        let received = self.inner.buffers().input().len().saturating_sub(before) as u64;
         // The end of the stream is not a stall.
-        if progress && !self.pace.keeps(came, Instant::now()) {
+        if progress && !self.pace.keeps(received, Instant::now()) {
             return Err(ureq::Error::Other(Box::new(TooSlow { window: self.window })));
         }
         Ok(progress)

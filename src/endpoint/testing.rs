@@ -184,19 +184,19 @@ impl Drop for Server {
 
 fn serve(stream: impl Read + Write, answer: &dyn Fn(&ReceivedRequest) -> CannedResponse) {
     let mut stream = BufReader::new(stream);
-    while let Some(asked) = read(&mut stream) {
-        let told = answer(&asked);
-        let mut head = match told.no_length {
-            true => format!("HTTP/1.1 {} Status\r\nconnection: close\r\n", told.status),
-            false => format!("HTTP/1.1 {} Status\r\ncontent-length: {}\r\n", told.status, told.body.len()),
+    while let Some(request) = read(&mut stream) {
+        let response = answer(&request);
+        let mut head = match response.no_length {
+            true => format!("HTTP/1.1 {} Status\r\nconnection: close\r\n", response.status),
+            false => format!("HTTP/1.1 {} Status\r\ncontent-length: {}\r\n", response.status, response.body.len()),
         };
-        for (name, value) in &told.headers {
+        for (name, value) in &response.headers {
             head += &format!("{name}: {value}\r\n");
         }
-        let sent = &told.body[..told.cut_after.unwrap_or(told.body.len())];
+        let sent = &response.body[..response.cut_after.unwrap_or(response.body.len())];
         let stream = stream.get_mut();
         let written = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(b"\r\n"));
-        if let Some((at_once, pause)) = told.drip {
+        if let Some((at_once, pause)) = response.drip {
             let (first, rest) = sent.split_at(at_once);
             let mut dripped = written.and_then(|()| stream.write_all(first));
             for byte in rest.chunks(1) {
@@ -211,7 +211,7 @@ fn serve(stream: impl Read + Write, answer: &dyn Fn(&ReceivedRequest) -> CannedR
         if written.and_then(|()| stream.write_all(sent)).and_then(|()| stream.flush()).is_err() {
             return;
         }
-        if told.cut_after.is_some() || told.no_length {
+        if response.cut_after.is_some() || response.no_length {
             return;
         }
     }

@@ -18,7 +18,7 @@ fn client(trust: &Trust) -> Client {
     Client::new(trust, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
 }
 
-fn serves(identity: &TestIdentity) -> Server {
+fn server_with(identity: &TestIdentity) -> Server {
     Server::tls(identity, |_| CannedResponse::ok("hello"))
 }
 
@@ -39,7 +39,7 @@ fn ca_file(pem: &str) -> (tempfile::TempDir, Trust) {
     (directory, Trust::CaFile(path))
 }
 
-fn refused(trust: &Trust, endpoint: &Endpoint, parts: &[&str]) {
+fn assert_rejected(trust: &Trust, endpoint: &Endpoint, parts: &[&str]) {
     let error = got(trust, endpoint).unwrap_err();
     for part in parts {
         assert!(error.contains(part), "{part:?} is not in {error:?}");
@@ -116,7 +116,7 @@ fn fingerprints_are_parsed_as_openssl_prints_them() {
 #[test]
 fn a_pin_of_a_certificate_or_its_key_ignores_names_and_dates() {
     let identity = self_signed(&["elsewhere.example"], |params| params.not_after = date_time_ymd(2001, 1, 1));
-    let server = serves(&identity);
+    let server = server_with(&identity);
     let certificate = Fingerprint::of(&identity.certificate);
     let key = KeyPair::try_from(identity.key.as_slice()).unwrap();
     let key = Fingerprint::of(&SubjectPublicKeyInfoDer::from_pem_slice(key.public_key_pem().as_bytes()).unwrap());
@@ -124,7 +124,7 @@ fn a_pin_of_a_certificate_or_its_key_ignores_names_and_dates() {
         assert_eq!(got(&pinned(vec![Fingerprint::of(b"other"), pin]), &server.endpoint()).as_deref(), Ok("hello"));
     }
     let advice = format!("--pin {key}");
-    refused(&pinned(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["matches no pin", &advice]);
+    assert_rejected(&pinned(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["matches no pin", &advice]);
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn the_key_of_the_first_contact_is_pinned_and_another_key_rejected() {
     let trust = Trust::FirstContact { pins: pins.clone() };
     let (one, other) = (self_signed(&["localhost"], |_| {}), self_signed(&["localhost"], |_| {}));
 
-    let server = serves(&one);
+    let server = server_with(&one);
     let (address, endpoint) = (server.address(), server.endpoint());
     let first = client(&trust);
     assert_eq!(first.get(&endpoint, "/", &[]).unwrap().status(), 200);
@@ -151,7 +151,7 @@ fn the_key_of_the_first_contact_is_pinned_and_another_key_rejected() {
     let _changed = Server::tls_at(address, &other, |_| CannedResponse::ok("hello"));
     let new = format!("--pin {}", key_of(&other.certificate).unwrap());
     let old = key_of(&one.certificate).unwrap().to_string();
-    refused(&trust, &endpoint, &["since the first contact", &old, &new, "--fresh", "operator"]);
+    assert_rejected(&trust, &endpoint, &["since the first contact", &old, &new, "--fresh", "operator"]);
     assert_eq!(std::fs::read_to_string(&pins).unwrap(), recorded);
 }
 
@@ -161,22 +161,22 @@ fn a_renewed_certificate_and_an_announced_key_are_accepted_but_no_other() {
     let (pins, learned) = (directory.path().join("pins.json"), directory.path().join("keys.json"));
     expect_first_contact(&pins).unwrap();
     let keys = [(); 3].map(|()| KeyPair::generate().unwrap());
-    let shows = |key: &KeyPair| self_signed_by(key, &["localhost"], |_| {});
-    let first = shows(&keys[0]);
+    let identity_with = |key: &KeyPair| self_signed_by(key, &["localhost"], |_| {});
+    let first = identity_with(&keys[0]);
     let by_certificate = Trust::Pin { pins: vec![Fingerprint::of(&first.certificate)], learned };
     for trust in [Trust::FirstContact { pins }, by_certificate] {
-        let server = serves(&first);
+        let server = server_with(&first);
         let (address, endpoint) = (server.address(), server.endpoint());
         let asked = client(&trust);
         assert_eq!(asked.get(&endpoint, "/", &[]).unwrap().status(), 200);
-        let announced = [&keys[0], &keys[1]].map(|key| key_of(&shows(key).certificate).unwrap().to_string());
+        let announced = [&keys[0], &keys[1]].map(|key| key_of(&identity_with(key).certificate).unwrap().to_string());
         asked.learn(&endpoint, &[announced[1].clone(), "what".to_owned()]).unwrap();
         let report = asked.trust_report(&endpoint);
         assert!(report.is_pinned() && announced.iter().all(|pin| report.accepts(pin)), "{report:?}");
         drop((server, asked));
         // The certificate is renewed with the same key; then with an unannounced key, the announced one, and the old one.
         for (key, is_accepted) in [(&keys[0], true), (&keys[2], false), (&keys[1], true), (&keys[0], false)] {
-            let _server = Server::tls_at(address, &shows(key), |_| CannedResponse::ok("hello"));
+            let _server = Server::tls_at(address, &identity_with(key), |_| CannedResponse::ok("hello"));
             let asked = client(&trust);
             let got = asked.get(&endpoint, "/", &[]);
             assert_eq!(got.is_ok(), is_accepted, "{trust:?} {got:?}");
@@ -191,12 +191,12 @@ fn a_renewed_certificate_and_an_announced_key_are_accepted_but_no_other() {
 #[test]
 fn a_lost_pin_file_allows_no_first_contact() {
     let identity = self_signed(&["localhost"], |_| {});
-    let server = serves(&identity);
+    let server = server_with(&identity);
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
     let trust = Trust::FirstContact { pins: pins.clone() };
     let pin = format!("--pin {}", key_of(&identity.certificate).unwrap());
-    refused(&trust, &server.endpoint(), &["pins.json is missing", "backup", &pin, "write {} into that file"]);
+    assert_rejected(&trust, &server.endpoint(), &["pins.json is missing", "backup", &pin, "write {} into that file"]);
     assert!(!pins.exists());
     std::fs::write(&pins, "{}").unwrap();
     assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
@@ -206,11 +206,11 @@ fn a_lost_pin_file_allows_no_first_contact() {
 fn a_certificate_issued_by_an_authority_in_the_file_is_accepted() {
     let (pem, identity) = issued(&["localhost", "127.0.0.1"]);
     let (_directory, trust) = ca_file(&pem);
-    let server = serves(&identity);
+    let server = server_with(&identity);
     assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
     assert_eq!(got(&trust, &server.endpoint_by("localhost")).as_deref(), Ok("hello"));
     let (_directory, other) = ca_file(&self_signed(&["127.0.0.1"], |_| {}).pem);
-    refused(
+    assert_rejected(
         &other,
         &server.endpoint(),
         &["not issued by an authority that this host trusts", "--ca-cert FILE", "--pin sha256:"],
@@ -225,9 +225,9 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
     for change in changes {
         let identity = self_signed(&["127.0.0.1", "gw.example"], change);
         let (_directory, trust) = ca_file(&identity.pem);
-        let server = serves(&identity);
+        let server = server_with(&identity);
         assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
-        refused(&trust, &server.endpoint_by("localhost"), &["it is only valid for 127.0.0.1, gw.example;"]);
+        assert_rejected(&trust, &server.endpoint_by("localhost"), &["it is only valid for 127.0.0.1, gw.example;"]);
     }
     // The same key marked as an authority, in a different certificate.
     let key = KeyPair::generate().unwrap();
@@ -239,7 +239,7 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
         }),
     );
     let (_directory, trust) = ca_file(&given.pem);
-    refused(&trust, &serves(&shown).endpoint(), &["not issued by an authority that this host trusts"]);
+    assert_rejected(&trust, &server_with(&shown).endpoint(), &["not issued by an authority that this host trusts"]);
 }
 
 #[test]
@@ -262,7 +262,7 @@ fn dates_and_names_of_a_certificate_in_the_file_are_checked() {
         (&nameless, vec!["contains no host name", "subjectAltName"]),
     ] {
         let (_directory, trust) = ca_file(&identity.pem);
-        refused(&trust, &serves(identity).endpoint(), &parts);
+        assert_rejected(&trust, &server_with(identity).endpoint(), &parts);
     }
 }
 
@@ -271,9 +271,9 @@ fn system_trust_rejects_a_private_certificate_with_a_remedy() {
     for ca in [IsCa::NoCa, IsCa::Ca(BasicConstraints::Unconstrained)] {
         let identity = self_signed(&["127.0.0.1"], |params| params.is_ca = ca);
         let pin = format!("--pin {}", key_of(&identity.certificate).unwrap());
-        refused(
+        assert_rejected(
             &Trust::System,
-            &serves(&identity).endpoint(),
+            &server_with(&identity).endpoint(),
             &["not issued by an authority that this host trusts", "--ca-cert FILE", &pin],
         );
     }
@@ -308,9 +308,9 @@ fn a_server_without_the_certificates_key_is_rejected() {
 #[test]
 fn plain_http_needs_insecure_and_insecure_accepts_any_certificate() {
     let plain = Server::plain(|_| CannedResponse::ok("plain"));
-    refused(&Trust::System, &plain.endpoint(), &["plain http", "--insecure"]);
+    assert_rejected(&Trust::System, &plain.endpoint(), &["plain http", "--insecure"]);
     assert_eq!(got(&Trust::Insecure, &plain.endpoint()).as_deref(), Ok("plain"));
-    let server = serves(&self_signed(&["elsewhere"], |params| params.not_after = date_time_ymd(2001, 1, 1)));
+    let server = server_with(&self_signed(&["elsewhere"], |params| params.not_after = date_time_ymd(2001, 1, 1)));
     assert_eq!(got(&Trust::Insecure, &server.endpoint()).as_deref(), Ok("hello"));
 }
 
@@ -326,31 +326,35 @@ fn the_error_for_a_server_without_tls_says_so() {
             stream.shutdown(std::net::Shutdown::Write).unwrap();
             let _ = stream.read_to_end(&mut Vec::new());
         });
-        refused(&Trust::Insecure, &endpoint, &["is it an http:// endpoint?"]);
+        assert_rejected(&Trust::Insecure, &endpoint, &["is it an http:// endpoint?"]);
         server.join().unwrap();
     }
-    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
-    refused(&Trust::Insecure, &format!("https://{nobody}").parse().unwrap(), &["refused", "is the gateway running"]);
+    let unused = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    assert_rejected(
+        &Trust::Insecure,
+        &format!("https://{unused}").parse().unwrap(),
+        &["refused", "is the gateway running"],
+    );
 }
 
 #[test]
 fn the_agent_id_is_sent_to_endpoints_only_and_a_connection_is_reused() {
     let seen = Arc::new(Mutex::new(Vec::new()));
-    let notes = Arc::clone(&seen);
+    let recorder = Arc::clone(&seen);
     let identity = self_signed(&["127.0.0.1"], |_| {});
-    let server = Server::tls(&identity, move |asked: &ReceivedRequest| {
-        notes.lock().unwrap().push((
-            asked.method.clone(),
-            asked.path.clone(),
-            asked.headers.get("x-agent-id").cloned(),
+    let server = Server::tls(&identity, move |request: &ReceivedRequest| {
+        recorder.lock().unwrap().push((
+            request.method.clone(),
+            request.path.clone(),
+            request.headers.get("x-agent-id").cloned(),
         ));
-        CannedResponse::ok(asked.body.clone())
+        CannedResponse::ok(request.body.clone())
     });
     let client = client(&pinned(vec![Fingerprint::of(&identity.certificate)]));
     let endpoint: Endpoint = format!("{}/base", server.endpoint()).parse().unwrap();
     client.get(&endpoint, "/a?b=c", &[]).unwrap().bytes(10).unwrap();
     client
-        .download(&endpoint, "/d", &[], Requester::Nobody, std::time::Duration::from_secs(60))
+        .download(&endpoint, "/d", &[], Requester::Anonymous, std::time::Duration::from_secs(60))
         .unwrap()
         .bytes(10)
         .unwrap();
@@ -365,7 +369,7 @@ fn the_agent_id_is_sent_to_endpoints_only_and_a_connection_is_reused() {
 #[test]
 fn a_proxy_is_used_with_connect_but_never_for_this_host() {
     let identity = self_signed(&["gateway.example"], |_| {});
-    let server = serves(&identity);
+    let server = server_with(&identity);
     let (listener, target) = (std::net::TcpListener::bind("127.0.0.1:0").unwrap(), server.address());
     let address = listener.local_addr().unwrap();
     let proxy = std::thread::spawn(move || {
@@ -390,8 +394,8 @@ fn a_proxy_is_used_with_connect_but_never_for_this_host() {
     });
     let (_directory, trust) = ca_file(&identity.pem);
     let through = |url: &str| {
-        Client::through(
-            &Proxies::of_environment(|name| (name == "ALL_PROXY").then(|| url.to_owned())),
+        Client::with_proxies(
+            &Proxies::from_environment(|name| (name == "ALL_PROXY").then(|| url.to_owned())),
             &trust,
             None,
             Timeouts::exchange(),
@@ -431,7 +435,7 @@ fn a_password_in_an_address_is_rejected_and_not_shown() {
 fn redirects_stay_within_the_origin() {
     let other = Server::plain(|_| CannedResponse::ok("stolen"));
     let elsewhere = other.endpoint().url("/x");
-    let server = Server::plain(move |asked| match asked.path.as_str() {
+    let server = Server::plain(move |request| match request.path.as_str() {
         "/here" => {
             CannedResponse { headers: vec![("location", "/there?x=1".to_owned())], ..CannedResponse::status(302) }
         }

@@ -47,7 +47,7 @@ pub enum Trust {
 
 impl Trust {
     /// The name in reports, equal to the key in the settings.
-    pub(super) fn word(&self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         match self {
             Trust::System => "system",
             Trust::CaFile(_) => "caCert",
@@ -71,7 +71,7 @@ pub(super) enum LoadedTrust {
         learned: Arc<PathBuf>,
     },
     FirstContact(Arc<PathBuf>),
-    Anything,
+    Insecure,
 }
 
 impl LoadedTrust {
@@ -85,7 +85,7 @@ impl LoadedTrust {
                 LoadedTrust::Pins { pins: Arc::new(pins.clone()), learned: Arc::new(learned.clone()) }
             }
             Trust::FirstContact { pins } => LoadedTrust::FirstContact(Arc::new(pins.clone())),
-            Trust::Insecure => LoadedTrust::Anything,
+            Trust::Insecure => LoadedTrust::Insecure,
         })
     }
 
@@ -139,7 +139,7 @@ enum DistrustReason {
     /// The same, with the start of the validity.
     NotYetValid {
         clock: Option<u64>,
-        beginning: Option<u64>,
+        start: Option<u64>,
     },
     NotPinned,
     Changed {
@@ -194,10 +194,10 @@ impl fmt::Display for Distrust {
                 date(*end).map(|end| format!(" on {end}")).unwrap_or_default(),
                 date(*clock).unwrap_or_else(|| "an unknown time".to_owned())
             ),
-            DistrustReason::NotYetValid { clock, beginning } => write!(
+            DistrustReason::NotYetValid { clock, start } => write!(
                 f,
                 ": it is not valid yet{}; this host's clock says {}; set the clock if it is wrong",
-                date(*beginning).map(|beginning| format!(", only from {beginning} on")).unwrap_or_default(),
+                date(*start).map(|start| format!(", only from {start} on")).unwrap_or_default(),
                 date(*clock).unwrap_or_else(|| "an unknown time".to_owned())
             ),
             DistrustReason::NotPinned => {
@@ -237,29 +237,31 @@ impl std::error::Error for Distrust {}
 #[derive(Debug)]
 pub(super) struct CertificateVerifier {
     origin: String,
-    judge: LoadedTrust,
+    trust: LoadedTrust,
     provider: Arc<CryptoProvider>,
 }
 
 impl CertificateVerifier {
-    pub(super) fn new(origin: String, judge: LoadedTrust, provider: Arc<CryptoProvider>) -> CertificateVerifier {
-        CertificateVerifier { origin, judge, provider }
+    pub(super) fn new(origin: String, trust: LoadedTrust, provider: Arc<CryptoProvider>) -> CertificateVerifier {
+        CertificateVerifier { origin, trust, provider }
     }
 
-    fn judged(
+    fn check(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         name: &ServerName<'_>,
         now: UnixTime,
     ) -> Result<(), DistrustReason> {
-        match &self.judge {
-            LoadedTrust::Anything => Ok(()),
-            LoadedTrust::Pins { pins, learned } => match is_pinned(learned, &self.origin, pins, shown(leaf)) {
+        match &self.trust {
+            LoadedTrust::Insecure => Ok(()),
+            LoadedTrust::Pins { pins, learned } => match is_pinned(learned, &self.origin, pins, identity_of(leaf)) {
                 true => Ok(()),
                 false => Err(DistrustReason::NotPinned),
             },
-            LoadedTrust::FirstContact(pins) => judged_by(&pins_in(pins)?, pins, &self.origin, shown(leaf)).map(drop),
+            LoadedTrust::FirstContact(pins) => {
+                check_first_contact(&pins_in(pins)?, pins, &self.origin, identity_of(leaf)).map(drop)
+            }
             LoadedTrust::Authorities { roots, given } => {
                 let parsed = ParsedCertificate::try_from(leaf).map_err(why)?;
                 let algorithms = self.provider.signature_verification_algorithms.all;
@@ -294,9 +296,9 @@ fn why(error: rustls::Error) -> DistrustReason {
             }
             CertificateError::Expired => DistrustReason::Expired { clock: None, end: None },
             CertificateError::NotValidYetContext { time, not_before } => {
-                DistrustReason::NotYetValid { clock: Some(time.as_secs()), beginning: Some(not_before.as_secs()) }
+                DistrustReason::NotYetValid { clock: Some(time.as_secs()), start: Some(not_before.as_secs()) }
             }
-            CertificateError::NotValidYet => DistrustReason::NotYetValid { clock: None, beginning: None },
+            CertificateError::NotValidYet => DistrustReason::NotYetValid { clock: None, start: None },
             other => DistrustReason::Unusable(other.to_string()),
         },
         other => DistrustReason::Unusable(other.to_string()),
@@ -324,8 +326,8 @@ impl ServerCertVerifier for CertificateVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.judged(leaf, intermediates, name, now).map(|()| ServerCertVerified::assertion()).map_err(|why| {
-            let presented = Some(shown(leaf).pin());
+        self.check(leaf, intermediates, name, now).map(|()| ServerCertVerified::assertion()).map_err(|why| {
+            let presented = Some(identity_of(leaf).pin());
             let distrust = Distrust { origin: self.origin.clone(), presented, why };
             rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(distrust))))
         })
@@ -337,7 +339,7 @@ impl ServerCertVerifier for CertificateVerifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        if matches!(self.judge, LoadedTrust::Anything) {
+        if matches!(self.trust, LoadedTrust::Insecure) {
             return Ok(HandshakeSignatureValid::assertion());
         }
         verify_tls12_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
@@ -349,7 +351,7 @@ impl ServerCertVerifier for CertificateVerifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        if matches!(self.judge, LoadedTrust::Anything) {
+        if matches!(self.trust, LoadedTrust::Insecure) {
             return Ok(HandshakeSignatureValid::assertion());
         }
         verify_tls13_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
@@ -361,21 +363,21 @@ impl ServerCertVerifier for CertificateVerifier {
 }
 
 /// Serializes updates of the pin files.
-static WRITING: Mutex<()> = Mutex::new(());
+static UPDATES: Mutex<()> = Mutex::new(());
 
 /// The identity in a server's certificate.
-pub(super) fn shown(leaf: &CertificateDer<'_>) -> ServerIdentity {
+pub(super) fn identity_of(leaf: &CertificateDer<'_>) -> ServerIdentity {
     ServerIdentity { certificate: Fingerprint::of(leaf), key: key_of(leaf) }
 }
 
 impl LoadedTrust {
     /// Records the presented and the announced keys of a connection that passed this verification.
-    pub(super) fn learn(&self, origin: &str, seen: ServerIdentity, announced: &[Fingerprint]) -> Result<()> {
-        let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn learn(&self, origin: &str, identity: ServerIdentity, announced: &[Fingerprint]) -> Result<()> {
+        let _guard = UPDATES.lock().unwrap_or_else(PoisonError::into_inner);
         match self {
-            LoadedTrust::Pins { pins, learned } => learn_pinned(learned, origin, pins, seen, announced),
-            LoadedTrust::FirstContact(pins) => learn_first_contact(pins, origin, seen, announced),
-            LoadedTrust::Authorities { .. } | LoadedTrust::Anything => Ok(()),
+            LoadedTrust::Pins { pins, learned } => learn_pinned(learned, origin, pins, identity, announced),
+            LoadedTrust::FirstContact(pins) => learn_first_contact(pins, origin, identity, announced),
+            LoadedTrust::Authorities { .. } | LoadedTrust::Insecure => Ok(()),
         }
     }
 
@@ -384,20 +386,20 @@ impl LoadedTrust {
         match self {
             LoadedTrust::Pins { pins, learned } => accepted_pinned(learned, origin, pins),
             LoadedTrust::FirstContact(pins) => accepted_first_contact(pins, origin),
-            LoadedTrust::Authorities { .. } | LoadedTrust::Anything => Vec::new(),
+            LoadedTrust::Authorities { .. } | LoadedTrust::Insecure => Vec::new(),
         }
     }
 }
 
-/// Pins `seen` for `origin` after a successful handshake, if nothing is pinned yet. Returns whether this was the first contact.
-pub(super) fn remember(path: &Path, origin: &str, seen: ServerIdentity) -> Result<bool> {
+/// Pins `identity` for `origin` after a successful handshake, if nothing is pinned yet. Returns whether this was the first contact.
+pub(super) fn pin_first_contact(path: &Path, origin: &str, identity: ServerIdentity) -> Result<bool> {
     // Concurrent first contacts: the second thread must see the pin of the first.
-    let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _guard = UPDATES.lock().unwrap_or_else(PoisonError::into_inner);
 
-    let distrusted = |why| Distrust { origin: origin.to_owned(), presented: Some(seen.pin()), why };
+    let distrusted = |why| Distrust { origin: origin.to_owned(), presented: Some(identity.pin()), why };
     let mut pins = pins_in(path).map_err(distrusted)?;
-    if judged_by(&pins, path, origin, seen).map_err(distrusted)? {
-        pins.add(origin, seen);
+    if check_first_contact(&pins, path, origin, identity).map_err(distrusted)? {
+        pins.add(origin, identity);
         pins.save(path)?;
         return Ok(true);
     }
@@ -413,8 +415,13 @@ fn pins_in(path: &Path) -> Result<Pins, DistrustReason> {
 }
 
 /// Returns whether this is the first contact; an error if the key is not the pinned one.
-fn judged_by(pins: &Pins, path: &Path, origin: &str, seen: ServerIdentity) -> Result<bool, DistrustReason> {
-    match pins.say(origin, seen) {
+fn check_first_contact(
+    pins: &Pins,
+    path: &Path,
+    origin: &str,
+    identity: ServerIdentity,
+) -> Result<bool, DistrustReason> {
+    match pins.check(origin, identity) {
         PinMatch::Known => Ok(false),
         PinMatch::First => Ok(true),
         PinMatch::Changed { known } => Err(DistrustReason::Changed { known }),

@@ -105,7 +105,7 @@ fn is_key(path: &str) -> bool {
 pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageContents> {
     let mut contents = PackageContents::default();
     // What it is for is known only after this; see `check_for`.
-    package::look_through(archive, packing, Os::Linux, &mut |seen| {
+    package::inspect(archive, packing, Os::Linux, &mut |seen| {
         contents.files.insert(seen.path.to_owned(), seen.executable);
         match seen.path {
             MANIFEST => {
@@ -138,14 +138,14 @@ pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageCo
 pub(super) fn check_for(os: Os, archive: &mut File, packing: Packing) -> Result<()> {
     match os {
         Os::Linux => Ok(()),
-        Os::Windows => package::look_through(archive, packing, os, &mut |_| Ok(())),
+        Os::Windows => package::inspect(archive, packing, os, &mut |_| Ok(())),
     }
 }
 
 /// Copies one file of the archive.
 pub(super) fn extract(archive: &mut File, packing: Packing, path: &str, to: &mut impl io::Write) -> Result<()> {
     let mut found = false;
-    package::look_through(archive, packing, Os::Linux, &mut |seen| {
+    package::inspect(archive, packing, Os::Linux, &mut |seen| {
         if seen.path == path {
             io::copy(seen.content.with_context(|| format!("its {path} is a link"))?, to)?;
             found = true;

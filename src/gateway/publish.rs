@@ -374,7 +374,7 @@ fn signature_beside(archive: &Path) -> Result<Option<SuppliedSignature>> {
 impl SuppliedSignature {
     /// Verifies it by the depot's keys; one of a key that is not there is kept, for hosts may know it.
     fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
-        match package::judge(package, &self.text, keys)?.0 {
+        match package::check_signature(package, &self.text, keys)?.0 {
             SignatureStatus::Good | SignatureStatus::UnknownKey => Ok(()),
             SignatureStatus::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
         }

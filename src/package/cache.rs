@@ -28,15 +28,15 @@ pub(super) fn make_private(directory: &Path) -> Result<()> {
 
 /// Removes what earlier runs left: everything in staging, abandoned downloads, and the oldest of the rest beyond the cache's cap. Must not
 /// run during a fetch.
-pub fn sweep(places: &PackagePaths) -> Result<()> {
+pub fn sweep(paths: &PackagePaths) -> Result<()> {
     let mut failures = Failures::default();
-    for entry in entries(&places.staging)? {
+    for entry in entries(&paths.staging)? {
         let path = entry.path();
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        failures.note(if is_directory { store::remove_tree(&path) } else { store::remove(&path) });
+        failures.add(if is_directory { store::remove_tree(&path) } else { store::remove(&path) });
     }
-    failures.note(trim(&places.cache, |_| true));
-    failures.end()
+    failures.add(trim(&paths.cache, |_| true));
+    failures.into_result()
 }
 
 /// Collects errors, so that one failed removal does not stop the others.
@@ -44,11 +44,11 @@ pub fn sweep(places: &PackagePaths) -> Result<()> {
 struct Failures(Vec<String>);
 
 impl Failures {
-    fn note(&mut self, removed: Result<()>) {
+    fn add(&mut self, removed: Result<()>) {
         self.0.extend(removed.err().map(|error| format!("{error:#}")));
     }
 
-    fn end(self) -> Result<()> {
+    fn into_result(self) -> Result<()> {
         if self.0.is_empty() { Ok(()) } else { bail!("{}", self.0.join("; ")) }
     }
 }
@@ -67,30 +67,30 @@ pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         let age = SystemTime::now().duration_since(modified).unwrap_or_default();
         if age > MAX_PART_AGE || !partial::package_of(&path).is_some_and(&is_wanted) {
-            failures.note(store::remove(&path));
+            failures.add(store::remove(&path));
         } else {
             kept.push((modified, metadata.len(), path));
         }
     }
     for path in beyond_cap(kept, MAX_CACHE_BYTES) {
-        failures.note(store::remove(&path));
+        failures.add(store::remove(&path));
     }
-    failures.end()
+    failures.into_result()
 }
 
 /// Returns the oldest files, whose removal leaves at most `cap` bytes.
 pub(super) fn beyond_cap(mut files: Vec<(SystemTime, u64, PathBuf)>, cap: u64) -> Vec<PathBuf> {
     files.sort();
     let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
-    let mut gone = Vec::new();
+    let mut removed = Vec::new();
     for (_, bytes, path) in files {
         if total <= cap {
             break;
         }
         total -= bytes;
-        gone.push(path);
+        removed.push(path);
     }
-    gone
+    removed
 }
 
 pub(super) fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>> {

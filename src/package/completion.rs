@@ -54,7 +54,7 @@ impl Completed {
         let id = signer.id();
         let why = match keys.revoked_by(id) {
             Some(by) => format!("which was revoked by {by}"),
-            None => format!("which is no longer trusted here{}", keys.place()),
+            None => format!("which is no longer trusted here{}", keys.location_suffix()),
         };
         Err(WithdrawnRelease(format!(
             "cannot activate {file}: it was signed by the key {id}, {why}; sign it with a key that is trusted here"
@@ -63,7 +63,7 @@ impl Completed {
 }
 
 /// Reads which package was unpacked in `release_dir`. A missing or unreadable record is a [`WithdrawnRelease`]: fetch the release again.
-pub fn whole(release_dir: &Path) -> Result<Completed> {
+pub fn load_completed(release_dir: &Path) -> Result<Completed> {
     let again = |why: String| {
         WithdrawnRelease(format!("cannot activate {}: {why}; it will be fetched again", release_dir.display()))
     };
@@ -109,7 +109,7 @@ mod tests {
         assert!(error.contains("epoch 3, lower than the 4") && error.contains("--epoch 4"), "{error}");
         let error = signed.admit(0, &other).unwrap_err().to_string();
         assert!(error.contains(&first(&key).id().to_string()) && error.contains("no longer trusted here"), "{error}");
-        let revoked = other.telling_of(vec![(first(&key).id(), "aops-spm 2".to_owned())]);
+        let revoked = other.with_revoked(vec![(first(&key).id(), "aops-spm 2".to_owned())]);
         let error = signed.admit(0, &revoked).unwrap_err().to_string();
         assert!(error.contains("was revoked by aops-spm 2"), "{error}");
     }

@@ -200,7 +200,7 @@ impl Keys {
 
     /// Adds the list of revoked keys, for error messages.
     #[must_use]
-    pub fn telling_of(self, revoked: Vec<(KeyId, String)>) -> Keys {
+    pub fn with_revoked(self, revoked: Vec<(KeyId, String)>) -> Keys {
         Keys { revoked, ..self }
     }
 
@@ -223,9 +223,9 @@ impl Keys {
 
     /// Writes each key that `directory` does not contain yet, as `<key id>.pub`.
     pub fn save_to(&self, directory: &Path) -> Result<()> {
-        let held = Keys::load(directory)?;
+        let existing = Keys::load(directory)?;
         for (key, text) in self.keys.iter().zip(self.texts()) {
-            if !held.keys.iter().any(|other| other.key == key.key) {
+            if !existing.keys.iter().any(|other| other.key == key.key) {
                 fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
                 let mut path = directory.join(format!("{}.pub", key.id));
                 // Two keys may share an id, even on purpose; neither replaces the other.
@@ -241,17 +241,17 @@ impl Keys {
         Ok(())
     }
 
-    pub(super) fn ensure_some(&self) -> Result<()> {
+    pub(super) fn ensure_not_empty(&self) -> Result<()> {
         ensure!(
             !self.is_empty(),
             "there is no trusted key{}, so no package can be verified; give the gateway's public key with `--trusted-key FILE`",
-            self.place()
+            self.location_suffix()
         );
         Ok(())
     }
 
     /// ` in DIR`, if the directory is known.
-    pub(super) fn place(&self) -> String {
+    pub(super) fn location_suffix(&self) -> String {
         self.directory.as_ref().map(|directory| format!(" in {}", directory.display())).unwrap_or_default()
     }
 

@@ -26,8 +26,8 @@ const ETAG_SUFFIX: &str = ".etag";
 const MAX_ETAG_BYTES: u64 = 256;
 
 /// How long to wait for another fetch of the same file to release the lock; a child process between fork and exec may hold it too.
-const LOCK: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
-const LOOK: Duration = Duration::from_millis(20);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+const LOCK_POLL: Duration = Duration::from_millis(20);
 
 pub(super) struct PartialDownload<'a> {
     path: PathBuf,
@@ -40,23 +40,23 @@ pub(super) struct PartialDownload<'a> {
     etag: Option<String>,
     /// The origin of all bytes; `None` if mixed, or left by an earlier run.
     origin: Option<String>,
-    came: u64,
+    received: u64,
 }
 
 impl<'a> PartialDownload<'a> {
-    /// Opens the partial download of `file` in the cache, if it has at most `most` bytes; else starts an empty one.
+    /// Opens the partial download of `file` in the cache, if it has at most `limit` bytes; else starts an empty one.
     pub(super) fn open(
         cache: &Path,
         file: &str,
-        most: u64,
+        limit: u64,
         claim: &'a SignedClaim,
         keys: &'a Keys,
-        watch: &mut DownloadProgress<'_>,
+        progress: &mut DownloadProgress<'_>,
     ) -> Result<PartialDownload<'a>> {
         let path = cache.join(format!("{file}{PART_SUFFIX}"));
-        let opened = locked(&path)?;
+        let opened = open_locked(&path)?;
         let mut part = PartialDownload {
-            etag_path: etag_of(&path),
+            etag_path: etag_path_of(&path),
             path,
             file: opened,
             verification: claim.begin(keys)?,
@@ -64,15 +64,16 @@ impl<'a> PartialDownload<'a> {
             keys,
             etag: None,
             origin: None,
-            came: 0,
+            received: 0,
         };
-        let there = part.file.metadata()?.len();
+        let existing = part.file.metadata()?.len();
         let etag = store::read(&part.etag_path, MAX_ETAG_BYTES).ok().flatten();
         part.etag = etag.and_then(|etag| String::from_utf8(etag).ok()).filter(|etag| !etag.is_empty());
-        if there > 0 && there <= most.min(MAX_PACKAGE_BYTES) && (part.etag.is_some() || there == most) {
-            let read = verify::read_through(&mut (&part.file).take(there), &mut part.verification, None, &mut |_| {
-                Ok(watch.still_wanted()?)
-            });
+        if existing > 0 && existing <= limit.min(MAX_PACKAGE_BYTES) && (part.etag.is_some() || existing == limit) {
+            let read =
+                verify::read_through(&mut (&part.file).take(existing), &mut part.verification, None, &mut |_| {
+                    Ok(progress.still_wanted()?)
+                });
             match read {
                 Err(error) if !error.is::<DownloadCancelled>() => {
                     // Discard an unreadable part; it would fail every later fetch too.
@@ -91,13 +92,13 @@ impl<'a> PartialDownload<'a> {
     }
 
     /// Number of bytes received.
-    pub(super) fn have(&self) -> u64 {
+    pub(super) fn size(&self) -> u64 {
         self.verification.size()
     }
 
     /// Number of bytes appended since it was opened, including discarded ones.
-    pub(super) fn came(&self) -> u64 {
-        self.came
+    pub(super) fn received(&self) -> u64 {
+        self.received
     }
 
     /// Whether all bytes came from that origin.
@@ -107,33 +108,33 @@ impl<'a> PartialDownload<'a> {
 
     /// The number of bytes and their ETag, if the download can be resumed.
     pub(super) fn resumable(&self) -> Option<(u64, &str)> {
-        let etag = self.etag.as_deref().filter(|_| self.have() > 0)?;
-        Some((self.have(), etag))
+        let etag = self.etag.as_deref().filter(|_| self.size() > 0)?;
+        Some((self.size(), etag))
     }
 
     /// Discards all bytes.
     pub(super) fn clear(&mut self) -> Result<()> {
-        self.begin_as(None)
+        self.restart_as(None)
     }
 
-    /// Discards all bytes and starts again with a response of that origin.
-    pub(super) fn begin(&mut self, etag: Option<&str>, origin: &str) -> Result<()> {
-        self.begin_as(etag)?;
+    /// Discards all bytes and restarts with a response of that origin.
+    pub(super) fn restart(&mut self, etag: Option<&str>, origin: &str) -> Result<()> {
+        self.restart_as(etag)?;
         self.origin = Some(origin.to_owned());
         Ok(())
     }
 
     /// Continues with a response of that origin.
-    pub(super) fn go_on(&mut self, origin: &str) {
+    pub(super) fn continue_from(&mut self, origin: &str) {
         if !self.is_from(origin) {
             self.origin = None;
         }
     }
 
-    fn begin_as(&mut self, etag: Option<&str>) -> Result<()> {
+    fn restart_as(&mut self, etag: Option<&str>) -> Result<()> {
         let mut attempt = || -> Result<()> {
             // Remove the ETag first: it must never exist beside the bytes of another file.
-            self.forget();
+            self.forget_etag();
             self.file.set_len(0)?;
             self.file.rewind()?;
             self.verification = self.claim.begin(self.keys)?;
@@ -148,7 +149,7 @@ impl<'a> PartialDownload<'a> {
     }
 
     /// Makes the download not resumable.
-    pub(super) fn forget(&mut self) {
+    pub(super) fn forget_etag(&mut self) {
         (self.etag, self.origin) = (None, None);
         let _ = fs::remove_file(&self.etag_path);
     }
@@ -157,27 +158,27 @@ impl<'a> PartialDownload<'a> {
     pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.verification.update(bytes);
-        self.came += bytes.len() as u64;
+        self.received += bytes.len() as u64;
         Ok(())
     }
 
-    /// Keeps the file if it can be resumed or is complete (`whole`: the announced size); else removes it.
-    pub(super) fn leave(self, whole: Option<u64>) {
-        if self.have() == 0 || (self.etag.is_none() && Some(self.have()) != whole) {
+    /// Keeps the file if it can be resumed or is complete (`announced`: the full size); else removes it.
+    pub(super) fn keep_if_resumable(self, announced: Option<u64>) {
+        if self.size() == 0 || (self.etag.is_none() && Some(self.size()) != announced) {
             let _ = remove(&self.path);
         }
     }
 
     /// Takes a complete download apart: the file to unpack, the verification to finish, and the path to give to [`remove`]. Unpacking needs
     /// neither the path nor the lock.
-    pub(super) fn whole(self) -> (File, Verification<'a>, PathBuf) {
+    pub(super) fn into_parts(self) -> (File, Verification<'a>, PathBuf) {
         (self.file, self.verification, self.path)
     }
 }
 
 /// Removes a partial download and its ETag.
 pub(super) fn remove(path: &Path) -> Result<()> {
-    store::remove(&etag_of(path)).and_then(|()| store::remove(path))
+    store::remove(&etag_path_of(path)).and_then(|()| store::remove(path))
 }
 
 /// Whether a file of the cache belongs to a download in progress.
@@ -200,15 +201,15 @@ pub(super) fn package_of(path: &Path) -> Option<&str> {
     name.strip_suffix(ETAG_SUFFIX).unwrap_or(name).strip_suffix(PART_SUFFIX)
 }
 
-fn etag_of(path: &Path) -> PathBuf {
+fn etag_path_of(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ETAG_SUFFIX);
     name.into()
 }
 
 /// Opens and locks the file.
-fn locked(path: &Path) -> Result<File> {
-    let until = Instant::now() + LOCK;
+fn open_locked(path: &Path) -> Result<File> {
+    let until = Instant::now() + LOCK_TIMEOUT;
     loop {
         let attempt = platform::open_private(path).and_then(|file| match file.try_lock() {
             // The previous owner of the lock may have removed the file.
@@ -219,7 +220,7 @@ fn locked(path: &Path) -> Result<File> {
         match attempt {
             Ok(Some(file)) => return Ok(file),
             Ok(None) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < until => platform::pause(LOOK),
+            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < until => platform::pause(LOCK_POLL),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 bail!("{} is in use by another download", path.display())
             }

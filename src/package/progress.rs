@@ -7,7 +7,7 @@ use super::Progress;
 use crate::platform;
 
 /// The longest wait between two checks for cancellation.
-const LOOK: Duration = Duration::from_millis(500);
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The caller cancelled the fetch.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl<'a> DownloadProgress<'a> {
     }
 
     /// Reports `done` of `total` bytes.
-    pub(super) fn at(&mut self, done: u64, total: Option<u64>) -> Result<(), DownloadCancelled> {
+    pub(super) fn report(&mut self, done: u64, total: Option<u64>) -> Result<(), DownloadCancelled> {
         (self.done, self.total) = (done, total);
         self.still_wanted()
     }
@@ -44,7 +44,6 @@ impl<'a> DownloadProgress<'a> {
     }
 
     /// Waits for this time, or until the fetch is cancelled.
-
     pub(super) fn pause(&mut self, time: Duration) -> Result<(), DownloadCancelled> {
         let until = Instant::now() + time;
         loop {
@@ -53,7 +52,7 @@ impl<'a> DownloadProgress<'a> {
             if left.is_zero() {
                 return Ok(());
             }
-            platform::pause(left.min(LOOK));
+            platform::pause(left.min(CHECK_INTERVAL));
         }
     }
 }
@@ -64,14 +63,14 @@ mod tests {
 
     #[test]
     fn cancellation_ends_a_pause() {
-        let mut asked = 0;
-        let began = Instant::now();
+        let mut calls = 0;
+        let start = Instant::now();
         let mut progress = |_: u64, _: Option<u64>| {
-            asked += 1;
-            asked < 3
+            calls += 1;
+            calls < 3
         };
         assert!(DownloadProgress::new(&mut progress).pause(Duration::from_secs(3600)).is_err());
-        assert_eq!(asked, 3);
-        assert!(began.elapsed() < Duration::from_secs(60));
+        assert_eq!(calls, 3);
+        assert!(start.elapsed() < Duration::from_secs(60));
     }
 }

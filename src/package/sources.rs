@@ -14,7 +14,7 @@ use crate::endpoint::{Endpoint, HttpResponse, Requester};
 pub(super) struct PackageSource {
     pub(super) directory: Endpoint,
     /// Our endpoints receive the agent id; other servers do not.
-    asker: Requester,
+    requester: Requester,
     /// No other source follows, so it is retried even if it is unreachable.
     pub(super) last: bool,
 }
@@ -28,25 +28,25 @@ impl fmt::Display for PackageSource {
 impl PackageSource {
     pub(super) fn get(
         &self,
-        means: &FetchContext<'_>,
+        context: &FetchContext<'_>,
         file: &str,
         headers: &[(&str, &str)],
         until: Instant,
     ) -> Result<HttpResponse> {
         let left = until.saturating_duration_since(Instant::now());
-        means.client.download(&self.directory, &format!("/{file}"), headers, self.asker, left)
+        context.client.download(&self.directory, &format!("/{file}"), headers, self.requester, left)
     }
 
-    pub(super) fn lacks(&self, file: &str) -> anyhow::Error {
+    pub(super) fn not_found(&self, file: &str) -> anyhow::Error {
         let url = self.directory.url(&format!("/{file}"));
         anyhow!("package not found: {url} does not exist; publish it with `aops gateway publish`")
     }
 
     /// A portal or proxy answered instead of the source.
-    pub(super) fn hidden(&self, sent: &str) -> anyhow::Error {
+    pub(super) fn intercepted(&self, received: &str) -> anyhow::Error {
         let origin = self.directory.origin();
         anyhow!(
-            "a device between this host and {origin} answered with its own page ({sent}): a captive portal, or a proxy that blocks the \
+            "a device between this host and {origin} answered with its own page ({received}): a captive portal, or a proxy that blocks the \
              request; ask the operator of this network, or set proxy or noProxy"
         )
     }
@@ -61,14 +61,15 @@ pub(super) fn sources(
     match tarball.map(|tarball| tarball.parse::<Endpoint>().context("cannot use the tarball address")) {
         Some(Ok(directory)) => {
             let ours = endpoints.iter().any(|endpoint| endpoint.origin() == directory.origin());
-            let asker = if ours { Requester::Host } else { Requester::Nobody };
-            sources.push(PackageSource { directory, asker, last: false });
+            let requester = if ours { Requester::Host } else { Requester::Anonymous };
+            sources.push(PackageSource { directory, requester, last: false });
         }
         Some(Err(error)) => unusable.push(error),
         None => ensure!(!endpoints.is_empty(), "no endpoint is configured"),
     }
     for endpoint in endpoints {
-        let source = PackageSource { directory: endpoint.below(DOWNLOAD_PATH), asker: Requester::Host, last: false };
+        let source =
+            PackageSource { directory: endpoint.below(DOWNLOAD_PATH), requester: Requester::Host, last: false };
         if sources.iter().all(|known| known.directory != source.directory) {
             sources.push(source);
         }

@@ -101,8 +101,8 @@ pub(super) fn unpack(
         .with_context(|| format!("cannot create a directory in {}", staging.display()))?
         .keep();
     let mut tree = TreeWriter::new(root.clone(), may_write);
-    let made = read(archive, packing, os, limits, &mut |admitted, item| tree.make(admitted, item));
-    let finished = made.context("cannot unpack the package").and_then(|()| tree.finish());
+    let written = read(archive, packing, os, limits, &mut |planned, content| tree.write(planned, content));
+    let finished = written.context("cannot unpack the package").and_then(|()| tree.finish());
     match finished {
         Ok(()) => Ok(root),
         Err(error) => {
@@ -125,15 +125,15 @@ pub struct InspectedEntry<'a> {
 
 /// Reads a package with the rules of a host that unpacks it, so that an unacceptable package is rejected before it is published.
 #[cfg(feature = "gateway")]
-pub fn look_through(
+pub fn inspect(
     archive: &mut File,
     packing: Packing,
     os: Os,
     each: &mut dyn FnMut(InspectedEntry<'_>) -> Result<()>,
 ) -> Result<()> {
-    read(archive, packing, os, &UnpackLimits::default(), &mut |admitted, item| {
-        let path = admitted.path.as_str();
-        match item {
+    read(archive, packing, os, &UnpackLimits::default(), &mut |planned, content| {
+        let path = planned.path.as_str();
+        match content {
             EntryContent::Directory => Ok(()),
             EntryContent::File { executable, content, .. } => {
                 each(InspectedEntry { path, executable, content: Some(&mut *content) })?;

@@ -32,11 +32,11 @@ pub(super) struct VerifiedPackage {
 }
 
 /// Checks a signature file before the download of its package, so that an unacceptable package is not downloaded.
-pub(super) fn examine(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedClaim> {
-    examined(text, keys, wanted).context(PackageRejected)
+pub(super) fn examine(text: &str, keys: &Keys, request: &PackageRequest) -> Result<SignedClaim> {
+    check_claim(text, keys, request).context(PackageRejected)
 }
 
-fn examined(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedClaim> {
+fn check_claim(text: &str, keys: &Keys, request: &PackageRequest) -> Result<SignedClaim> {
     let claim = SignedClaim::read(text)?;
     let SignedClaim { signer, binding, .. } = &claim;
     if keys.with_id(*signer).next().is_none() {
@@ -49,24 +49,24 @@ fn examined(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedCl
         bail!(
             "the package is signed by the key {signer}, which is not trusted here (trusted{}: {}); to trust it, add its public key \
              there, or install with `--trusted-key FILE`",
-            keys.place(),
+            keys.location_suffix(),
             trusted.join(", ")
         );
     }
     ensure!(
-        binding.release == wanted.release,
+        binding.release == request.release,
         "the package is signed as {}, but {} was requested",
         binding.release,
-        wanted.release
+        request.release
     );
     ensure!(
-        binding.epoch >= wanted.least_epoch,
+        binding.epoch >= request.least_epoch,
         "the package has epoch {}, lower than the {} that this host has committed for {}: packages of lower epochs were withdrawn; \
          publish it again with `--epoch {}`",
         binding.epoch,
-        wanted.least_epoch,
-        wanted.release.name,
-        wanted.least_epoch
+        request.least_epoch,
+        request.release.name,
+        request.least_epoch
     );
     claim.begin(keys)?;
     Ok(claim)
@@ -127,7 +127,7 @@ impl<'a> Verification<'a> {
     /// Verifies the signature over the bytes added so far, which must be the whole package.
     pub(super) fn finish(self) -> Result<SignedPackage> {
         let Verification { claim: SignedClaim { signer, binding, .. }, size, .. } = self;
-        let (signed_by, sha256) = self.end();
+        let (signed_by, sha256) = self.signer_and_digest();
         let Some(signed_by) = signed_by else {
             let error = anyhow!(
                 "signature mismatch: the package was tampered with or damaged, as the key {signer} did not sign these {size} bytes with \
@@ -140,7 +140,7 @@ impl<'a> Verification<'a> {
     }
 
     /// Returns the key that signed the bytes, if any, and their SHA-256.
-    fn end(mut self) -> (Option<&'a Key>, Digest) {
+    fn signer_and_digest(mut self) -> (Option<&'a Key>, Digest) {
         let signed_by =
             self.verifiers.iter_mut().find_map(|(key, verifier)| verifier.finalize().is_ok().then_some(*key));
         (signed_by, <[u8; 32]>::from(self.hasher.finalize()).into())
@@ -155,10 +155,10 @@ pub(super) struct SignedPackage {
 
 impl SignedPackage {
     /// Compares the package with the announced size and SHA-256.
-    pub(super) fn compared(self, wanted: &PackageRequest) -> Result<VerifiedPackage> {
-        ensure_size(self.size, wanted.size).context(PackageRejected)?;
+    pub(super) fn ensure_announced(self, request: &PackageRequest) -> Result<VerifiedPackage> {
+        ensure_size(self.size, request.size).context(PackageRejected)?;
         let sha256 = &self.verified.sha256;
-        if let Some(announced) = &wanted.sha256 {
+        if let Some(announced) = &request.sha256 {
             let differs = || {
                 anyhow!("SHA-256 mismatch: the package has {sha256}, but {announced} was announced")
                     .context(PackageRejected)
@@ -217,7 +217,7 @@ pub enum SignatureStatus {
 
 /// Verifies a package before it is offered, as hosts will verify it; also returns its SHA-256, computed in the same pass.
 #[cfg(feature = "gateway")]
-pub fn judge(package: &mut File, signature: &str, keys: &Keys) -> Result<(SignatureStatus, Digest)> {
+pub fn check_signature(package: &mut File, signature: &str, keys: &Keys) -> Result<(SignatureStatus, Digest)> {
     let claim = SignedClaim::read(signature);
     let verification = claim
         .as_ref()
@@ -231,7 +231,7 @@ pub fn judge(package: &mut File, signature: &str, keys: &Keys) -> Result<(Signat
     read_through(package, &mut verification, None, &mut |_| Ok(()))?;
     let signer = verification.claim.signer;
     let is_known = !verification.verifiers.is_empty();
-    Ok(match verification.end() {
+    Ok(match verification.signer_and_digest() {
         (Some(_), sha256) => (SignatureStatus::Good, sha256),
         (None, sha256) if is_known => {
             (SignatureStatus::Bad(format!("signature mismatch: the key {signer} signed other bytes")), sha256)

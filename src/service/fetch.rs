@@ -86,7 +86,7 @@ fn remote(
         endpoints: ordered,
         keys: plan.trusted.keys.clone(),
         epochs: plan.epochs.clone(),
-        places,
+        paths: places,
     };
     let tree = fetching.fetch(wanted, &FetchLimits::default(), drop, &mut |done, total| {
         download.at(done, total);
@@ -143,7 +143,7 @@ fn choose(plan: &InstallPlan, client: &Client, endpoint: &Endpoint) -> Result<Pa
         match reply.status() {
             200 => return Ok(PackageRequest { file: Some(file), ..PackageRequest::new(release) }),
             404 => {}
-            _ => return Err(reply.refused().context(format!("cannot ask {endpoint} for {file}"))),
+            _ => return Err(reply.into_error().context(format!("cannot ask {endpoint} for {file}"))),
         }
     }
     bail!(

@@ -150,7 +150,7 @@ pub(super) fn plan(
     }
 
     let config = settle(standing_config.as_ref(), imported.config.as_ref(), options);
-    let config = with_proxy(config, &Proxies::of_environment(|name| std::env::var(name).ok()));
+    let config = with_proxy(config, &Proxies::from_environment(|name| std::env::var(name).ok()));
     if config.heartbeat_srv.is_empty() {
         return Err(UsageError(
             "--endpoint is missing, and no installation stands there whose endpoint could be kept".to_owned(),
@@ -405,7 +405,7 @@ mod tests {
 
     #[test]
     fn the_environments_proxy_is_kept_where_an_endpoint_needs_it() {
-        let environment = Proxies::of_environment(|name| match name {
+        let environment = Proxies::from_environment(|name| match name {
             "https_proxy" => Some("http://u:secret@proxy:1".to_owned()),
             "no_proxy" => Some(".inside".to_owned()),
             _ => None,

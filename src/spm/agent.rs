@@ -233,7 +233,7 @@ pub(super) fn on_disk(
             }
             metadata => {
                 let since = metadata.and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
-                whole.push((since, stage::release(version, package::whole(&entry.path()).ok().as_ref())));
+                whole.push((since, stage::release(version, package::load_completed(&entry.path()).ok().as_ref())));
             }
         }
     }

@@ -245,7 +245,7 @@ pub(super) fn admit(
 ) -> Result<(ledger::LedgerRelease, Option<Program>)> {
     permissions::agent(home, name)?;
     permissions::release(home, name, version)?;
-    let completed = package::whole(&home.release(name, version))?;
+    let completed = package::load_completed(&home.release(name, version))?;
     let least = Epochs::load(home)?.least(name.as_str()).max(committed_epoch);
     completed.admit(least, &keyring::trusted(home)?)?;
     let program = inspect.then(|| launch::inspect(home, name, version)).transpose()?;
@@ -255,7 +255,7 @@ pub(super) fn admit(
 /// Whether a release that was active before lies on disk and can be run. Its epoch is not asked for: an operator may return to it.
 pub(super) fn usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     permissions::release(home, name, version)?;
-    package::whole(&home.release(name, version))?;
+    package::load_completed(&home.release(name, version))?;
     launch::inspect(home, name, version).map(drop)
 }
 

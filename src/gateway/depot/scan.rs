@@ -193,7 +193,7 @@ fn judge(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<(Depo
     if binding.release.packing_of(name).is_none() {
         bail!("its signature says that it is {}", binding.release);
     }
-    let (verdict, sha256) = package::judge(&mut file, &text, keys)?;
+    let (verdict, sha256) = package::check_signature(&mut file, &text, keys)?;
     match &verdict {
         SignatureStatus::Good => {}
         SignatureStatus::UnknownKey => {

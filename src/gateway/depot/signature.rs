@@ -22,7 +22,7 @@ pub(in crate::gateway) fn signature_path(file: &Path) -> PathBuf {
 pub(in crate::gateway) fn verdict_on(file: &Path, keys: &Keys) -> Result<Option<(SignatureStatus, String)>> {
     let Some(bytes) = store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes).into_owned();
-    let (verdict, _) = package::judge(&mut File::open(file)?, &text, keys)?;
+    let (verdict, _) = package::check_signature(&mut File::open(file)?, &text, keys)?;
     Ok(Some((verdict, text)))
 }
 

@@ -43,7 +43,7 @@ pub(super) struct PlannedEntry {
     /// Lengths of the prefixes of `path` that are directories to create first, outermost first.
     pub(super) parents: Vec<usize>,
     /// The directory exists already, implied by an earlier entry.
-    pub(super) stands: bool,
+    pub(super) exists: bool,
 }
 
 /// The entries accepted so far.
@@ -52,7 +52,7 @@ pub(super) struct UnpackPlan {
     limits: UnpackLimits,
     /// Keyed by the hash of the case-folded path, as a hundred thousand whole paths would be most of the memory needed. The hash has a
     /// random key, so collisions cannot be crafted; by chance one of 10^9 packages with 100,000 entries has one, and is rejected.
-    made: HashMap<u64, PlannedPath>,
+    known: HashMap<u64, PlannedPath>,
     keys: RandomState,
     folded: String,
     /// The parent directory of the previous entry, which most entries share.
@@ -66,7 +66,7 @@ impl UnpackPlan {
         UnpackPlan {
             os,
             limits,
-            made: HashMap::new(),
+            known: HashMap::new(),
             keys: RandomState::new(),
             folded: String::new(),
             last_parent: String::new(),
@@ -80,7 +80,7 @@ impl UnpackPlan {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.made.is_empty()
+        self.known.is_empty()
     }
 
     /// Counts an entry of any kind, or an implied directory.
@@ -96,41 +96,41 @@ impl UnpackPlan {
         if path.is_empty() {
             return Ok(None);
         }
-        let stands = match self.find(&path)? {
+        let exists = match self.find(&path)? {
             Some(PathKind::ImpliedDirectory) => true,
             Some(_) => bail!("duplicate entry"),
             None => false,
         };
-        let parents = if stands { Vec::new() } else { self.parents(&path)? };
-        self.put(&path, PathKind::Directory);
-        Ok(Some(PlannedEntry { path, parents, stands }))
+        let parents = if exists { Vec::new() } else { self.parents(&path)? };
+        self.insert(&path, PathKind::Directory);
+        Ok(Some(PlannedEntry { path, parents, exists }))
     }
 
     pub(super) fn file(&mut self, path: &str, mode: u32, size: u64) -> Result<PlannedEntry> {
         ensure!(mode & SET_ID == 0, "the setuid or setgid bit is set");
-        let admitted = self.begin(path)?;
+        let planned = self.new_entry(path)?;
         self.bytes = self.bytes.saturating_add(size);
         ensure!(self.bytes <= self.limits.bytes, "all files together have more than {} bytes", self.limits.bytes);
-        self.put(&admitted.path, PathKind::File);
-        Ok(admitted)
+        self.insert(&planned.path, PathKind::File);
+        Ok(planned)
     }
 
     pub(super) fn symbolic_link(&mut self, path: &str, target: &str) -> Result<PlannedEntry> {
-        let admitted = self.begin(path)?;
+        let planned = self.new_entry(path)?;
         ensure!(target.len() <= MAX_TARGET_BYTES, "the link target is too long");
         ensure!(
-            link_stays_inside(&admitted.path, target, self.os),
+            link_stays_inside(&planned.path, target, self.os),
             "the link leaves the package (to {target:?}), or could"
         );
         ensure!(self.os != Os::Windows, "a service on Windows may not create symbolic links; pack the file itself");
-        self.put(&admitted.path, PathKind::Link);
-        Ok(admitted)
+        self.insert(&planned.path, PathKind::Link);
+        Ok(planned)
     }
 
     /// Also returns the normalized path of the target.
     pub(super) fn hard_link(&mut self, path: &str, mode: u32, target: &str) -> Result<(PlannedEntry, String)> {
         ensure!(mode & SET_ID == 0, "the setuid or setgid bit is set");
-        let admitted = self.begin(path)?;
+        let planned = self.new_entry(path)?;
         let target = match relative(target, self.os, &self.limits) {
             Ok(target) => target,
             Err(error) => bail!("the hard link leaves the package: {error}"),
@@ -139,23 +139,23 @@ impl UnpackPlan {
             self.find(&target)? == Some(PathKind::File),
             "the target {target:?} of the hard link is not an earlier file of the package"
         );
-        self.put(&admitted.path, PathKind::File);
-        Ok((admitted, target))
+        self.insert(&planned.path, PathKind::File);
+        Ok((planned, target))
     }
 
     /// Checks the path of a new file or link.
-    fn begin(&mut self, path: &str) -> Result<PlannedEntry> {
+    fn new_entry(&mut self, path: &str) -> Result<PlannedEntry> {
         ensure!(!path.ends_with('/'), "the name ends in a slash, but the entry is not a directory");
         let path = relative(path, self.os, &self.limits)?;
         ensure!(!path.is_empty(), "the name is empty");
         ensure!(self.find(&path)?.is_none(), "duplicate entry");
         let parents = self.parents(&path)?;
-        Ok(PlannedEntry { path, parents, stands: false })
+        Ok(PlannedEntry { path, parents, exists: false })
     }
 
     /// Returns the parent directories to create.
     fn parents(&mut self, path: &str) -> Result<Vec<usize>> {
-        self.refuse_mark(path)?;
+        self.reject_reserved_name(path)?;
         let mut missing = Vec::new();
         let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
         if parent == self.last_parent {
@@ -168,7 +168,7 @@ impl UnpackPlan {
                 Some(PathKind::File | PathKind::Link) => bail!("its parent {parent:?} is not a directory"),
                 None => {
                     self.count()?;
-                    self.put(parent, PathKind::ImpliedDirectory);
+                    self.insert(parent, PathKind::ImpliedDirectory);
                     missing.push(at);
                 }
             }
@@ -178,7 +178,7 @@ impl UnpackPlan {
         Ok(missing)
     }
 
-    fn refuse_mark(&mut self, path: &str) -> Result<()> {
+    fn reject_reserved_name(&mut self, path: &str) -> Result<()> {
         let first = path.split('/').next().unwrap_or_default();
         fold_into(&mut self.folded, first);
         ensure!(self.folded != COMPLETE, "the name {COMPLETE} is reserved: it marks a complete release");
@@ -188,16 +188,16 @@ impl UnpackPlan {
     /// The kind of the path with this name; an error if the existing name differs in case.
     fn find(&mut self, path: &str) -> Result<Option<PathKind>> {
         let (key, spelling) = self.key(path);
-        match self.made.get(&key) {
+        match self.known.get(&key) {
             None => Ok(None),
-            Some(made) if made.spelling == spelling => Ok(Some(made.kind)),
+            Some(known) if known.spelling == spelling => Ok(Some(known.kind)),
             Some(_) => bail!("{path:?} and an earlier entry differ in case alone, so they are one file on Windows"),
         }
     }
 
-    fn put(&mut self, path: &str, kind: PathKind) {
+    fn insert(&mut self, path: &str, kind: PathKind) {
         let (key, spelling) = self.key(path);
-        self.made.insert(key, PlannedPath { kind, spelling });
+        self.known.insert(key, PlannedPath { kind, spelling });
     }
 
     fn key(&mut self, path: &str) -> (u64, u32) {

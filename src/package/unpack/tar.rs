@@ -42,9 +42,9 @@ impl<R: Read> Read for LimitedReader<R> {
 }
 
 /// Passes every accepted entry to `sink`, and reads the archive to its end.
-pub(super) fn read(unpacked: impl Read, plan: &mut UnpackPlan, sink: &mut Sink<'_>) -> Result<()> {
+pub(super) fn read(decompressed: impl Read, plan: &mut UnpackPlan, sink: &mut Sink<'_>) -> Result<()> {
     let left = Rc::new(Cell::new(0));
-    let mut archive = tar::Archive::new(LimitedReader { inner: unpacked, left: Rc::clone(&left) });
+    let mut archive = tar::Archive::new(LimitedReader { inner: decompressed, left: Rc::clone(&left) });
     let mut entries = archive.entries()?;
     let mut headers = 0;
     loop {
@@ -59,18 +59,18 @@ pub(super) fn read(unpacked: impl Read, plan: &mut UnpackPlan, sink: &mut Sink<'
         }
         let path = text(&entry.path_bytes())?.to_owned();
         let before = left.get();
-        one(&mut entry, &path, plan, sink).with_context(|| shown(&path))?;
+        read_entry(&mut entry, &path, plan, sink).with_context(|| shown(&path))?;
         if entry.header().entry_type() == EntryType::XGlobalHeader {
             // The check of the extensions has read its content.
             headers += before.saturating_sub(left.get());
         }
     }
     let LimitedReader { inner, .. } = archive.into_inner();
-    ends(inner)
+    ensure_only_padding(inner)
 }
 
-fn one(entry: &mut Entry<'_, impl Read>, path: &str, plan: &mut UnpackPlan, sink: &mut Sink<'_>) -> Result<()> {
-    look_at_extensions(entry)?;
+fn read_entry(entry: &mut Entry<'_, impl Read>, path: &str, plan: &mut UnpackPlan, sink: &mut Sink<'_>) -> Result<()> {
+    check_extensions(entry)?;
     let mode = entry.header().mode()?;
     let kind = entry.header().entry_type();
     let size = entry.size();
@@ -80,21 +80,21 @@ fn one(entry: &mut Entry<'_, impl Read>, path: &str, plan: &mut UnpackPlan, sink
     }
     match kind {
         EntryType::Directory => match plan.directory(path)? {
-            Some(admitted) => sink(&admitted, EntryContent::Directory),
+            Some(planned) => sink(&planned, EntryContent::Directory),
             None => Ok(()),
         },
         EntryType::Regular | EntryType::Continuous => {
-            let admitted = plan.file(path, mode, size)?;
-            sink(&admitted, EntryContent::File { executable: mode & 0o100 != 0, size, content: entry })
+            let planned = plan.file(path, mode, size)?;
+            sink(&planned, EntryContent::File { executable: mode & 0o100 != 0, size, content: entry })
         }
         EntryType::Symlink => {
             let target = target(entry)?;
-            let admitted = plan.symbolic_link(path, &target)?;
-            sink(&admitted, EntryContent::SymbolicLink(&target))
+            let planned = plan.symbolic_link(path, &target)?;
+            sink(&planned, EntryContent::SymbolicLink(&target))
         }
         EntryType::Link => {
-            let (admitted, target) = plan.hard_link(path, mode, &target(entry)?)?;
-            sink(&admitted, EntryContent::HardLink(&target))
+            let (planned, target) = plan.hard_link(path, mode, &target(entry)?)?;
+            sink(&planned, EntryContent::HardLink(&target))
         }
         // Comments that apply to all entries, such as the archive's creator.
         EntryType::XGlobalHeader => Ok(()),
@@ -112,10 +112,10 @@ fn target(entry: &Entry<'_, impl Read>) -> Result<String> {
 }
 
 /// Checks the pax headers of an entry, or of all that follow.
-fn look_at_extensions(entry: &mut Entry<'_, impl Read>) -> Result<()> {
+fn check_extensions(entry: &mut Entry<'_, impl Read>) -> Result<()> {
     let is_global = entry.header().entry_type() == EntryType::XGlobalHeader;
     let Some(extensions) = entry.pax_extensions()? else { return Ok(()) };
-    let mut once = Vec::new();
+    let mut seen = Vec::new();
     for extension in extensions {
         let extension = extension.context("the extended header is damaged")?;
         let key = extension.key().context("the extended header is damaged")?;
@@ -129,8 +129,8 @@ fn look_at_extensions(entry: &mut Entry<'_, impl Read>) -> Result<()> {
             continue;
         }
         ensure!(!is_global, "a global header sets the {key} of all following entries");
-        ensure!(!once.contains(&key), "the extended header sets {key} twice");
-        once.push(key);
+        ensure!(!seen.contains(&key), "the extended header sets {key} twice");
+        seen.push(key);
         if key == "size" {
             let size = extension.value().ok().and_then(|value| value.parse::<u64>().ok());
             ensure!(size.is_some(), "the extended header has an invalid size");
@@ -140,7 +140,7 @@ fn look_at_extensions(entry: &mut Entry<'_, impl Read>) -> Result<()> {
 }
 
 /// Checks that only padding follows the end; reading it also verifies the last checksum of the compressed stream.
-fn ends(mut rest: impl Read) -> Result<()> {
+fn ensure_only_padding(mut rest: impl Read) -> Result<()> {
     let mut chunk = [0; 4096];
     let mut padding = 0;
     loop {

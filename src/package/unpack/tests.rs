@@ -32,16 +32,16 @@ fn zip_of(entries: &[(&str, u32, &[u8])]) -> Vec<u8> {
 }
 
 /// A temporary directory with `staging` to unpack in, and files outside of it that must not change.
-struct Place(tempfile::TempDir);
+struct Sandbox(tempfile::TempDir);
 
-impl Place {
-    fn new() -> Place {
-        let place = Place(tempfile::tempdir().unwrap());
+impl Sandbox {
+    fn new() -> Sandbox {
+        let sandbox = Sandbox(tempfile::tempdir().unwrap());
         for (directory, file) in [("staging/outside", "victim"), ("outside", "victim")] {
-            fs::create_dir_all(place.0.path().join(directory)).unwrap();
-            fs::write(place.0.path().join(directory).join(file), "untouched").unwrap();
+            fs::create_dir_all(sandbox.0.path().join(directory)).unwrap();
+            fs::write(sandbox.0.path().join(directory).join(file), "untouched").unwrap();
         }
-        place
+        sandbox
     }
 
     fn staging(&self) -> PathBuf {
@@ -74,10 +74,10 @@ impl Place {
     }
 }
 
-fn unpacked(archive: &[u8], packing: Packing) -> (Place, Result<PathBuf, String>) {
-    let place = Place::new();
-    let root = place.unpack(archive, packing, Os::Linux, &UnpackLimits::default());
-    (place, root)
+fn unpacked(archive: &[u8], packing: Packing) -> (Sandbox, Result<PathBuf, String>) {
+    let sandbox = Sandbox::new();
+    let root = sandbox.unpack(archive, packing, Os::Linux, &UnpackLimits::default());
+    (sandbox, root)
 }
 
 #[test]
@@ -126,17 +126,17 @@ fn attacks_are_refused_and_leave_nothing_behind() {
     attacks.retain(|attack| platform::OS == Os::Linux || !attack.name.contains("link") || attack.os == "windows");
     let mut wrong = Vec::new();
     for attack in attacks {
-        let place = Place::new();
-        let before = place.seen();
+        let sandbox = Sandbox::new();
+        let before = sandbox.seen();
         let (packing, os) = (attack.packing.parse().unwrap(), attack.os.parse().unwrap());
-        let told = match place.unpack(&attack.bytes, packing, os, &UnpackLimits::default()) {
+        let problem = match sandbox.unpack(&attack.bytes, packing, os, &UnpackLimits::default()) {
             Ok(_) => Some("it is taken".to_owned()),
             Err(error) if !error.contains(attack.refusal) => Some(format!("{error:?} without {:?}", attack.refusal)),
-            Err(_) if place.seen() != before => Some(format!("left {:?}", place.seen())),
+            Err(_) if sandbox.seen() != before => Some(format!("left {:?}", sandbox.seen())),
             Err(_) if Path::new(OUTSIDE).exists() => Some("wrote outside".to_owned()),
             Err(_) => None,
         };
-        wrong.extend(told.map(|told| format!("{} in a {}: {told}", attack.name, attack.packing)));
+        wrong.extend(problem.map(|problem| format!("{} in a {}: {problem}", attack.name, attack.packing)));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
@@ -144,22 +144,22 @@ fn attacks_are_refused_and_leave_nothing_behind() {
 #[cfg(feature = "gateway")]
 #[test]
 fn packages_are_checked_before_publication_as_by_a_host() {
-    let look = |bytes: &[u8], packing: &str, os: &str| {
+    let inspected = |bytes: &[u8], packing: &str, os: &str| {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
         let mut seen = Vec::new();
-        let looked = look_through(&mut file, packing.parse().unwrap(), os.parse().unwrap(), &mut |entry| {
+        let result = inspect(&mut file, packing.parse().unwrap(), os.parse().unwrap(), &mut |entry| {
             seen.push((entry.path.to_owned(), entry.executable));
             Ok(())
         });
-        looked.map(|()| seen).map_err(|error| format!("{error:#}"))
+        result.map(|()| seen).map_err(|error| format!("{error:#}"))
     };
     let tar = Tar::default().file("big", &[7; 200_000]).entry(b'0', "bin/run", 0o755, "", b"x").link("l", "bin/run");
     let expected = [("big", false), ("bin/run", true), ("l", true)].map(|(path, runs)| (path.to_owned(), runs));
-    assert_eq!(look(&zst(&tar.end()), "tar.zst", "linux").unwrap(), expected);
+    assert_eq!(inspected(&zst(&tar.end()), "tar.zst", "linux").unwrap(), expected);
     for attack in attacks() {
-        let looked = look(&attack.bytes, attack.packing, attack.os);
-        assert!(looked.is_err(), "{} in a {} would be published", attack.name, attack.packing);
+        let result = inspected(&attack.bytes, attack.packing, attack.os);
+        assert!(result.is_err(), "{} in a {} would be published", attack.name, attack.packing);
     }
 }
 
@@ -205,11 +205,11 @@ fn limits_hold_for_entries_and_bytes() {
     ];
     let tars = tars.into_iter().map(|(tar, word)| (Packing::TarZst, zst(&tar), word));
     for (packing, archive, word) in tars.chain(zips.map(|(zip, word)| (Packing::Zip, zip, word))) {
-        let error = Place::new().unpack(&archive, packing, Os::Linux, &limits).unwrap_err();
+        let error = Sandbox::new().unpack(&archive, packing, Os::Linux, &limits).unwrap_err();
         assert!(error.contains(word), "{packing}: {word:?} is not in {error:?}");
     }
     let whole = zst(&big().entry(b'5', "d/", 0o755, "", b"").end());
-    Place::new().unpack(&whole, Packing::TarZst, Os::Linux, &limits).unwrap();
+    Sandbox::new().unpack(&whole, Packing::TarZst, Os::Linux, &limits).unwrap();
 }
 
 #[test]
@@ -232,8 +232,12 @@ fn a_decompression_bomb_is_rejected() {
     let limits = UnpackLimits { bytes: u64::MAX, ..UnpackLimits::default() }.of(bomb.len() as u64);
     assert_eq!(limits.bytes, FREE_BYTES + 100 * bomb.len() as u64);
     assert_eq!(UnpackLimits::default().of(1 << 40).bytes, UnpackLimits::default().bytes);
-    let error =
-        Place::new().unpack(&archives::zst(&bomb_of(200 << 20)), Packing::TarZst, Os::Linux, &UnpackLimits::default());
+    let error = Sandbox::new().unpack(
+        &archives::zst(&bomb_of(200 << 20)),
+        Packing::TarZst,
+        Os::Linux,
+        &UnpackLimits::default(),
+    );
     assert!(error.unwrap_err().contains("all files together have more than"), "a bomb is taken");
 }
 
@@ -243,10 +247,10 @@ fn bomb_of(bytes: usize) -> Vec<u8> {
 
 #[test]
 fn a_release_inherits_no_mode_bits_of_its_parent_directory() {
-    let place = Place::new();
-    platform::set_mode(&place.staging(), 0o2755).unwrap();
+    let sandbox = Sandbox::new();
+    platform::set_mode(&sandbox.staging(), 0o2755).unwrap();
     let tar = Tar::default().file("d/e/f", b"x").entry(b'0', "d/run", 0o755, "", b"x").end();
-    let root = place.unpack(&zst(&tar), Packing::TarZst, Os::Linux, &UnpackLimits::default()).unwrap();
+    let root = sandbox.unpack(&zst(&tar), Packing::TarZst, Os::Linux, &UnpackLimits::default()).unwrap();
     let mode = |path: &str| platform::mode(&root.join(path)).unwrap();
     assert_eq!([mode(""), mode("d"), mode("d/e"), mode("d/e/f"), mode("d/run")], [0o755, 0o755, 0o755, 0o644, 0o755]);
 }
@@ -268,19 +272,19 @@ proptest! {
             let content: &[u8] = if *kind == b'0' { b"x" } else { b"" };
             tar = tar.entry(*kind, path, 0o644, target, content);
         }
-        let place = Place::new();
-        let before = place.seen();
-        match place.unpack(&zst(&tar.end()), Packing::TarZst, Os::Linux, &UnpackLimits::default()) {
-            Err(_) => prop_assert_eq!(place.seen(), before),
+        let sandbox = Sandbox::new();
+        let before = sandbox.seen();
+        match sandbox.unpack(&zst(&tar.end()), Packing::TarZst, Os::Linux, &UnpackLimits::default()) {
+            Err(_) => prop_assert_eq!(sandbox.seen(), before),
             Ok(root) => {
-                for path in place.seen().into_keys().filter(|path| !before.contains_key(path)) {
+                for path in sandbox.seen().into_keys().filter(|path| !before.contains_key(path)) {
                     prop_assert!(path.starts_with(&root), "{path:?}");
                     if let Ok(real) = path.canonicalize() {
                         prop_assert!(real.starts_with(root.canonicalize().unwrap()), "{path:?} leads to {real:?}");
                     }
                 }
                 fs::remove_dir_all(&root).unwrap();
-                prop_assert_eq!(place.seen(), before);
+                prop_assert_eq!(sandbox.seen(), before);
             }
         }
     }
@@ -297,10 +301,10 @@ proptest! {
         };
         let at = at.index(bytes.len());
         if cut { bytes.truncate(at) } else { bytes[at] = byte }
-        let place = Place::new();
-        let before = place.seen();
-        if place.unpack(&bytes, packing, Os::Linux, &UnpackLimits::default()).is_err() {
-            prop_assert_eq!(place.seen(), before);
+        let sandbox = Sandbox::new();
+        let before = sandbox.seen();
+        if sandbox.unpack(&bytes, packing, Os::Linux, &UnpackLimits::default()).is_err() {
+            prop_assert_eq!(sandbox.seen(), before);
         }
     }
 }

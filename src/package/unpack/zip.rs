@@ -33,11 +33,11 @@ const MAX_DIRECTORY_BYTES: u32 = 4 << 20;
 const STORED: u16 = 0;
 const DEFLATED: u16 = 8;
 /// Flags of rejected entries: encrypted, patched, strongly encrypted, a directory with masked headers.
-const REFUSED_FLAGS: u16 = 1 | 1 << 5 | 1 << 6 | 1 << 13;
+const REJECTED_FLAGS: u16 = 1 | 1 << 5 | 1 << 6 | 1 << 13;
 /// Sizes and checksum follow the content, and are not in the local header.
 const DESCRIPTOR: u16 = 1 << 3;
 /// Flags that affect how the content is read. Writers set the others differently.
-const MEANT_FLAGS: u16 = REFUSED_FLAGS | DESCRIPTOR;
+const RELEVANT_FLAGS: u16 = REJECTED_FLAGS | DESCRIPTOR;
 
 /// The `made by` values with Unix modes.
 const UNIX: [u8; 2] = [3, 19];
@@ -69,16 +69,16 @@ pub(super) fn read(archive: &mut File, plan: &mut UnpackPlan, sink: &mut Sink<'_
     let directory = directory(archive, plan.limits().entries)?;
     let mut reader = BufReader::with_capacity(CHUNK_BYTES, archive);
     // Check all entries first: nothing is created from an archive that contradicts itself further on.
-    let mut places = Vec::new();
+    let mut contents = Vec::new();
     for entry in directory.entries() {
         let entry = entry?;
         let name = text(entry.name)?;
-        let place = place(&mut reader, &entry, directory.at).with_context(|| shown(name))?;
-        places.push((place, entry.local));
+        let content_range = content_range(&mut reader, &entry, directory.at).with_context(|| shown(name))?;
+        contents.push((content_range, entry.local));
     }
-    places.sort_unstable_by_key(|(_, local)| *local);
+    contents.sort_unstable_by_key(|(_, local)| *local);
     let mut end = 0;
-    for (content, local) in &places {
+    for (content, local) in &contents {
         ensure!(*local >= end, "two entries share bytes");
         end = content.end;
     }
@@ -86,12 +86,12 @@ pub(super) fn read(archive: &mut File, plan: &mut UnpackPlan, sink: &mut Sink<'_
         let entry = entry?;
         let name = text(entry.name)?;
         plan.count()?;
-        one(&mut reader, &entry, name, plan, sink).with_context(|| shown(name))?;
+        read_entry(&mut reader, &entry, name, plan, sink).with_context(|| shown(name))?;
     }
     Ok(())
 }
 
-fn one(
+fn read_entry(
     reader: &mut BufReader<&mut File>,
     entry: &CentralEntry<'_>,
     name: &str,
@@ -102,22 +102,22 @@ fn one(
         TYPE_DIRECTORY => {
             ensure!(entry.size == 0, "the entry has {} bytes of content, but is not a file", entry.size);
             match plan.directory(name)? {
-                Some(admitted) => sink(&admitted, EntryContent::Directory),
+                Some(planned) => sink(&planned, EntryContent::Directory),
                 None => Ok(()),
             }
         }
         TYPE_FILE => {
-            let admitted = plan.file(name, entry.mode, entry.size)?;
+            let planned = plan.file(name, entry.mode, entry.size)?;
             let content = &mut ZipContent::open(reader, entry)?;
-            sink(&admitted, EntryContent::File { executable: entry.mode & 0o100 != 0, size: entry.size, content })
+            sink(&planned, EntryContent::File { executable: entry.mode & 0o100 != 0, size: entry.size, content })
         }
         TYPE_LINK => {
             ensure!(entry.size <= MAX_TARGET_BYTES as u64, "the link target is too long");
             let mut target = Vec::new();
             ZipContent::open(reader, entry)?.read_to_end(&mut target).context("the content is damaged")?;
             let target = text(&target)?;
-            let admitted = plan.symbolic_link(name, target)?;
-            sink(&admitted, EntryContent::SymbolicLink(target))
+            let planned = plan.symbolic_link(name, target)?;
+            sink(&planned, EntryContent::SymbolicLink(target))
         }
         _ => bail!("the entry is a device or a pipe"),
     }
@@ -193,9 +193,9 @@ fn central<'a>(rest: &mut &'a [u8]) -> Result<CentralEntry<'a>> {
         }
         let lengths = [28, 30, 32].map(|at| u16_at(bytes, at).map(usize::from));
         let [name, extra, comment] = [lengths[0]?, lengths[1]?, lengths[2]?];
-        let behind = bytes.get(CENTRAL_BYTES..)?;
-        let (name, behind) = behind.split_at_checked(name)?;
-        let (_, behind) = behind.split_at_checked(extra + comment)?;
+        let after = bytes.get(CENTRAL_BYTES..)?;
+        let (name, after) = after.split_at_checked(name)?;
+        let (_, after) = after.split_at_checked(extra + comment)?;
         let entry = CentralEntry {
             name,
             mode: mode(*bytes.get(5)?, u32_at(bytes, 38)?, name),
@@ -206,10 +206,10 @@ fn central<'a>(rest: &mut &'a [u8]) -> Result<CentralEntry<'a>> {
             size: u32_at(bytes, 24)?.into(),
             local: u32_at(bytes, 42)?.into(),
         };
-        Some((entry, behind))
+        Some((entry, after))
     };
-    let (entry, behind) = attempt(rest).context("the central directory is damaged")?;
-    *rest = behind;
+    let (entry, after) = attempt(rest).context("the central directory is damaged")?;
+    *rest = after;
     Ok(entry)
 }
 
@@ -225,9 +225,13 @@ fn mode(made_by: u8, attributes: u32, name: &[u8]) -> u32 {
 }
 
 /// The range of an entry's content, after checking that its two headers agree.
-fn place(reader: &mut BufReader<&mut File>, entry: &CentralEntry<'_>, end: u64) -> Result<std::ops::Range<u64>> {
+fn content_range(
+    reader: &mut BufReader<&mut File>,
+    entry: &CentralEntry<'_>,
+    end: u64,
+) -> Result<std::ops::Range<u64>> {
     ensure!([entry.packed, entry.size, entry.local].iter().all(|value| *value != u64::from(u32::MAX)), ZIP64);
-    ensure!(entry.flags & REFUSED_FLAGS == 0, "the entry is encrypted, or has other unsupported flags");
+    ensure!(entry.flags & REJECTED_FLAGS == 0, "the entry is encrypted, or has other unsupported flags");
     ensure!(
         matches!(entry.method, STORED | DEFLATED),
         "the entry is compressed with method {}; only deflate is supported",
@@ -248,7 +252,7 @@ fn place(reader: &mut BufReader<&mut File>, entry: &CentralEntry<'_>, end: u64) 
     let agree = field32(0) == LOCAL
         && usize::from(field16(26)) == name.len()
         && name == entry.name
-        && field16(6) & MEANT_FLAGS == entry.flags & MEANT_FLAGS
+        && field16(6) & RELEVANT_FLAGS == entry.flags & RELEVANT_FLAGS
         && field16(8) == entry.method
         && (described
             || (field32(14), u64::from(field32(18)), u64::from(field32(22))) == (entry.crc, entry.packed, entry.size));
@@ -276,8 +280,8 @@ enum ZipDecoder<'a, 'b> {
 impl<'a, 'b> ZipContent<'a, 'b> {
     /// Requires headers that were checked to agree.
     fn open(reader: &'a mut BufReader<&'b mut File>, entry: &CentralEntry<'_>) -> Result<ZipContent<'a, 'b>> {
-        let place = place(reader, entry, u64::MAX)?;
-        reader.seek(SeekFrom::Start(place.start))?;
+        let content_range = content_range(reader, entry, u64::MAX)?;
+        reader.seek(SeekFrom::Start(content_range.start))?;
         let part = reader.take(entry.packed);
         let source = match entry.method {
             STORED => ZipDecoder::Stored(part),
@@ -293,19 +297,19 @@ impl Read for ZipContent<'_, '_> {
             ZipDecoder::Stored(source) => source.read(buffer)?,
             ZipDecoder::Deflated(source) => source.read(buffer)?,
         };
-        let lies = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        let invalid = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
         if amount == 0 && !buffer.is_empty() {
             if self.left > 0 {
-                return lies("the content is shorter than its header says");
+                return invalid("the content is shorter than its header says");
             }
             if self.crc.sum() != self.expected {
-                return lies("checksum mismatch");
+                return invalid("checksum mismatch");
             }
         }
         self.crc.update(&buffer[..amount]);
         match self.left.checked_sub(amount as u64) {
             Some(left) => self.left = left,
-            None => return lies("the content is longer than its header says"),
+            None => return invalid("the content is longer than its header says"),
         }
         Ok(amount)
     }

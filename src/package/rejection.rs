@@ -29,21 +29,23 @@ pub fn is_refusal(error: &anyhow::Error) -> bool {
 }
 
 /// Marks an unpacking error as a rejection, unless its cause is on this host.
-pub(super) fn by_content(error: anyhow::Error) -> anyhow::Error {
-    if error.chain().any(is_of_host) { error } else { error.context(PackageRejected) }
+pub(super) fn mark_rejected(error: anyhow::Error) -> anyhow::Error {
+    if error.chain().any(is_host_failure) { error } else { error.context(PackageRejected) }
 }
 
 /// Whether a cause is independent of the package's content: cancellation, lack of disk space, or a failed system call (full disk,
 /// unreadable or unwritable disk, too many open files). Archive readers return only their own error kinds, without an OS error number.
-fn is_of_host(cause: &(dyn std::error::Error + 'static)) -> bool {
-    let of_system = |error: &std::io::Error| {
+fn is_host_failure(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let is_system_error = |error: &std::io::Error| {
         error.raw_os_error().is_some()
             || !matches!(
                 error.kind(),
                 ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof | ErrorKind::Other
             )
     };
-    cause.is::<DownloadCancelled>() || cause.is::<InsufficientSpace>() || cause.downcast_ref().is_some_and(of_system)
+    cause.is::<DownloadCancelled>()
+        || cause.is::<InsufficientSpace>()
+        || cause.downcast_ref().is_some_and(is_system_error)
 }
 
 #[cfg(test)]
@@ -56,29 +58,29 @@ mod tests {
 
     #[test]
     fn faulty_packages_are_rejections_and_failures_of_this_host_are_not() {
-        let numbered = io::Error::from_raw_os_error;
+        let os_error = io::Error::from_raw_os_error;
         // As tar wraps an error of its reader.
         let wrapped = |error: io::Error| io::Error::new(error.kind(), error);
         let of_host: Vec<anyhow::Error> = vec![
             // EINVAL (a name that a file system cannot hold), EACCES, ENOMEM, EMFILE, ENOSPC, EROFS, EDQUOT, EIO.
-            numbered(22).into(),
-            numbered(13).into(),
-            numbered(12).into(),
-            numbered(24).into(),
-            numbered(28).into(),
-            numbered(30).into(),
-            numbered(122).into(),
-            numbered(5).into(),
-            anyhow::Error::from(wrapped(numbered(5))).context("its content is damaged"),
+            os_error(22).into(),
+            os_error(13).into(),
+            os_error(12).into(),
+            os_error(24).into(),
+            os_error(28).into(),
+            os_error(30).into(),
+            os_error(122).into(),
+            os_error(5).into(),
+            anyhow::Error::from(wrapped(os_error(5))).context("its content is damaged"),
             io::Error::from(ErrorKind::StorageFull).into(),
             io::Error::from(ErrorKind::WriteZero).into(),
             DownloadCancelled.into(),
-            crate::package::disk_reservation::tests::short(),
+            crate::package::disk_reservation::tests::insufficient_space(),
         ];
         for error in of_host {
-            let told = format!("{error:#}");
-            let error = by_content(error.context("cannot make the entry").context("cannot unpack it"));
-            assert!(!is_refusal(&error), "{told}");
+            let text = format!("{error:#}");
+            let error = mark_rejected(error.context("cannot make the entry").context("cannot unpack it"));
+            assert!(!is_refusal(&error), "{text}");
         }
         let of_package: Vec<anyhow::Error> = vec![
             anyhow!("duplicate entry"),
@@ -88,10 +90,10 @@ mod tests {
             io::Error::from(ErrorKind::UnexpectedEof).into(),
         ];
         for error in of_package {
-            let told = format!("{error:#}");
-            assert!(is_refusal(&by_content(error.context("cannot unpack it"))), "{told}");
+            let text = format!("{error:#}");
+            assert!(is_refusal(&mark_rejected(error.context("cannot unpack it"))), "{text}");
         }
         let nothing: anyhow::Result<()> = None.context("it is empty");
-        assert!(is_refusal(&by_content(nothing.unwrap_err())));
+        assert!(is_refusal(&mark_rejected(nothing.unwrap_err())));
     }
 }
