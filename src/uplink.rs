@@ -52,16 +52,16 @@ impl From<anyhow::Error> for HeartbeatError {
 
 /// Sends a heartbeat. An answer for another agent is rejected.
 pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<HeartbeatAnswer, HeartbeatError> {
-    let what = || format!("cannot send a heartbeat to {endpoint}");
-    let json = serde_json::to_vec(heartbeat).with_context(what)?;
+    let context = || format!("cannot send a heartbeat to {endpoint}");
+    let json = serde_json::to_vec(heartbeat).with_context(context)?;
     let sent = SystemTime::now();
-    let reply = client.post_json(endpoint, HEARTBEAT_PATH, &json).with_context(what)?;
+    let reply = client.post_json(endpoint, HEARTBEAT_PATH, &json).with_context(context)?;
     let clock_offset = reply.date().and_then(|date| clock_offset(sent, SystemTime::now(), date));
     if reply.status() != 200 {
         let retry_after = reply.retry_after();
-        return Err(HeartbeatError { error: reply.into_error().context(what()), retry_after, is_distrust: false });
+        return Err(HeartbeatError { error: reply.into_error().context(context()), retry_after, is_distrust: false });
     }
-    let bytes = reply.bytes(MAX_ANSWER_BYTES).with_context(what)?;
+    let bytes = reply.bytes(MAX_ANSWER_BYTES).with_context(context)?;
     // Check before parsing: parsed values take many times the memory of their JSON.
     if protocol::values(&bytes) > MAX_VALUES {
         let error = anyhow::anyhow!("cannot accept the answer of {endpoint}: it has more than {MAX_VALUES} values");
@@ -101,19 +101,19 @@ pub fn current_release(
     os: Os,
     arch: Arch,
 ) -> Result<Option<Offer>> {
-    let what = || format!("cannot query {endpoint} for the current release of {name}");
+    let context = || format!("cannot query {endpoint} for the current release of {name}");
     let path = format!("{RELEASES_PATH}/{name}?os={os}&arch={arch}");
-    let reply = client.get(endpoint, &path, &[]).with_context(what)?;
+    let reply = client.get(endpoint, &path, &[]).with_context(context)?;
     match reply.status() {
         200 => {
-            let bytes = reply.bytes(MAX_OFFER_BYTES).with_context(what)?;
+            let bytes = reply.bytes(MAX_OFFER_BYTES).with_context(context)?;
             let offer: Offer =
-                serde_json::from_slice(&bytes).context("the answer is not from a gateway").with_context(what)?;
-            ensure!(!offer.file.contains(['/', '\\']), "{}: {:?} is not a file name", what(), offer.file);
+                serde_json::from_slice(&bytes).context("the answer is not from a gateway").with_context(context)?;
+            ensure!(!offer.file.contains(['/', '\\']), "{}: {:?} is not a file name", context(), offer.file);
             Ok(Some(offer))
         }
         404 => Ok(None),
-        _ => Err(reply.into_error().context(what())),
+        _ => Err(reply.into_error().context(context())),
     }
 }
 

@@ -439,11 +439,11 @@ impl HttpResponse {
     /// `Retry-After`, at most an hour.
     pub fn retry_after(&self) -> Option<Duration> {
         let text = self.header("retry-after")?.trim();
-        let asked = match text.parse() {
+        let wait = match text.parse() {
             Ok(seconds) => Duration::from_secs(seconds),
             Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok()?,
         };
-        Some(asked.min(Duration::from_secs(3600)))
+        Some(wait.min(Duration::from_secs(3600)))
     }
 
     /// Reads the body; fails if it has more than `limit` bytes.

@@ -167,22 +167,22 @@ fn a_renewed_certificate_and_an_announced_key_are_accepted_but_no_other() {
     for trust in [Trust::FirstContact { pins }, by_certificate] {
         let server = server_with(&first);
         let (address, endpoint) = (server.address(), server.endpoint());
-        let asked = client(&trust);
-        assert_eq!(asked.get(&endpoint, "/", &[]).unwrap().status(), 200);
+        let connected = client(&trust);
+        assert_eq!(connected.get(&endpoint, "/", &[]).unwrap().status(), 200);
         let announced = [&keys[0], &keys[1]].map(|key| key_of(&identity_with(key).certificate).unwrap().to_string());
-        asked.learn(&endpoint, &[announced[1].clone(), "what".to_owned()]).unwrap();
-        let report = asked.trust_report(&endpoint);
+        connected.learn(&endpoint, &[announced[1].clone(), "what".to_owned()]).unwrap();
+        let report = connected.trust_report(&endpoint);
         assert!(report.is_pinned() && announced.iter().all(|pin| report.accepts(pin)), "{report:?}");
-        drop((server, asked));
+        drop((server, connected));
         // The certificate is renewed with the same key; then with an unannounced key, the announced one, and the old one.
         for (key, is_accepted) in [(&keys[0], true), (&keys[2], false), (&keys[1], true), (&keys[0], false)] {
             let _server = Server::tls_at(address, &identity_with(key), |_| CannedResponse::ok("hello"));
-            let asked = client(&trust);
-            let got = asked.get(&endpoint, "/", &[]);
+            let connected = client(&trust);
+            let got = connected.get(&endpoint, "/", &[]);
             assert_eq!(got.is_ok(), is_accepted, "{trust:?} {got:?}");
             if got.is_ok() && std::ptr::eq(key, &keys[1]) {
                 // The old key is no longer announced.
-                asked.learn(&endpoint, &[announced[1].clone()]).unwrap();
+                connected.learn(&endpoint, &[announced[1].clone()]).unwrap();
             }
         }
     }
@@ -374,11 +374,11 @@ fn a_proxy_is_used_with_connect_but_never_for_this_host() {
     let address = listener.local_addr().unwrap();
     let proxy = std::thread::spawn(move || {
         let (mut client, _) = listener.accept().unwrap();
-        let mut asked = Vec::new();
-        while !asked.ends_with(b"\r\n\r\n") {
+        let mut received = Vec::new();
+        while !received.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
             client.read_exact(&mut byte).unwrap();
-            asked.push(byte[0]);
+            received.push(byte[0]);
         }
         client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
         let server = std::net::TcpStream::connect(target).unwrap();
@@ -390,7 +390,7 @@ fn a_proxy_is_used_with_connect_but_never_for_this_host() {
         let _ = std::io::copy(&mut &server, &mut client);
         let _ = client.shutdown(std::net::Shutdown::Both);
         upward.join().unwrap();
-        String::from_utf8(asked).unwrap()
+        String::from_utf8(received).unwrap()
     });
     let (_directory, trust) = ca_file(&identity.pem);
     let through = |url: &str| {
@@ -406,9 +406,9 @@ fn a_proxy_is_used_with_connect_but_never_for_this_host() {
     let endpoint = format!("https://gateway.example:{}", target.port()).parse().unwrap();
     assert_eq!(client.get(&endpoint, "/", &[]).unwrap().bytes(10).unwrap(), b"hello");
     drop(client);
-    let asked = proxy.join().unwrap();
-    assert!(asked.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{asked}");
-    assert!(asked.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="), "{asked}");
+    let received = proxy.join().unwrap();
+    assert!(received.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{received}");
+    assert!(received.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="), "{received}");
 
     // The proxy is gone: the error names it, without its password.
     let client = through(&url).unwrap();
@@ -504,13 +504,13 @@ fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
         for mut stream in listener.incoming().map_while(Result::ok) {
             count.fetch_add(1, Ordering::SeqCst);
             for _ in 0..answers {
-                let mut asked = Vec::new();
-                while !asked.ends_with(b"body") {
+                let mut received = Vec::new();
+                while !received.ends_with(b"body") {
                     let mut byte = [0];
                     if stream.read(&mut byte).is_ok_and(|amount| amount == 0) {
                         break;
                     }
-                    asked.push(byte[0]);
+                    received.push(byte[0]);
                 }
                 stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").unwrap();
             }

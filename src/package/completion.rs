@@ -64,14 +64,14 @@ impl Completed {
 
 /// Reads which package was unpacked in `release_dir`. A missing or unreadable record is a [`WithdrawnRelease`]: fetch the release again.
 pub fn load_completed(release_dir: &Path) -> Result<Completed> {
-    let again = |why: String| {
+    let fetch_again = |why: String| {
         WithdrawnRelease(format!("cannot activate {}: {why}; it will be fetched again", release_dir.display()))
     };
     match store::load::<Completed>(&release_dir.join(COMPLETE)) {
         Ok(Some(completed)) => Ok(completed),
-        Ok(None) => Err(again("it is incomplete".to_owned()).into()),
+        Ok(None) => Err(fetch_again("it is incomplete".to_owned()).into()),
         Err(error) if error.chain().any(|cause| cause.is::<std::io::Error>()) => Err(error),
-        Err(error) => Err(again(format!("{error:#}")).into()),
+        Err(error) => Err(fetch_again(format!("{error:#}")).into()),
     }
 }
 

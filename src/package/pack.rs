@@ -145,8 +145,8 @@ struct ExactReader {
 
 impl std::io::Read for ExactReader {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
-        let read = self.file.read(&mut buffer[..most])?;
+        let limit = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let read = self.file.read(&mut buffer[..limit])?;
         self.left -= read as u64;
         Ok(read)
     }

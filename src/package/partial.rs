@@ -187,12 +187,12 @@ pub(super) fn is_in_use(path: &Path) -> bool {
         Some(part) => PathBuf::from(part),
         None => path.to_owned(),
     };
-    let held = File::open(part).and_then(|file| match file.try_lock() {
+    let is_locked = File::open(part).and_then(|file| match file.try_lock() {
         Ok(()) => Ok(false),
         Err(TryLockError::WouldBlock) => Ok(true),
         Err(TryLockError::Error(error)) => Err(error),
     });
-    held.unwrap_or(false)
+    is_locked.unwrap_or(false)
 }
 
 /// The package to which a file of the cache belongs.

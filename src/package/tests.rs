@@ -281,7 +281,7 @@ fn the_error_for_an_untrusted_key_names_the_directory_of_trusted_keys() {
 }
 
 /// Serves ranges; closes the connection after `step` bytes for the first `cuts` requests of the package.
-fn breaking(
+fn interrupting(
     bytes: Vec<u8>,
     signature: String,
     etag: &'static str,
@@ -314,7 +314,7 @@ fn breaking(
 #[test]
 fn an_interrupted_download_is_resumed() {
     let (fetcher, signer, bytes) = (Fetcher::new(), Signer::new(), archive(400_000));
-    let (server, ranges) = breaking(bytes.clone(), signer.sign(&bytes, &binding(1)), "\"a\"", 150_000, 2);
+    let (server, ranges) = interrupting(bytes.clone(), signer.sign(&bytes, &binding(1)), "\"a\"", 150_000, 2);
     fetcher.fetch(&[server.endpoint()], &PackageRequest::new(release()), &signer.keys()).unwrap();
     let ranges = ranges.lock().unwrap();
     let expected = [None, Some("bytes=150000-".to_owned()), Some("bytes=300000-".to_owned())];
@@ -328,7 +328,7 @@ fn a_later_fetch_resumes_a_partial_download_unless_the_file_changed() {
     let wanted = PackageRequest::new(release());
     let file = fetcher.paths.cache.join("demo-1.0_linux_amd64.tar.zst.part");
     {
-        let (server, ranges) = breaking(bytes.clone(), signature.clone(), "\"a\"", 50_000, 100);
+        let (server, ranges) = interrupting(bytes.clone(), signature.clone(), "\"a\"", 50_000, 100);
         let error = fetcher.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err();
         assert!(error.contains("gave up after 5 attempts") && error.contains("was interrupted"), "{error}");
         assert_eq!(ranges.lock().unwrap().len(), 5);
@@ -336,13 +336,13 @@ fn a_later_fetch_resumes_a_partial_download_unless_the_file_changed() {
     }
     sweep(&fetcher.paths).unwrap();
     {
-        let (server, ranges) = breaking(bytes.clone(), signature.clone(), "\"a\"", 10_000, 1);
+        let (server, ranges) = interrupting(bytes.clone(), signature.clone(), "\"a\"", 10_000, 1);
         fetcher.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
         assert_eq!(ranges.lock().unwrap().first(), Some(&Some("bytes=250000-".to_owned())));
     }
     // A partial download of a different, larger file with the same name.
     fetcher.leave_partial(&[b'x'; 1_000_000], Some("\"old\""));
-    let (server, _) = breaking(bytes.clone(), signature, "\"a\"", 0, 0);
+    let (server, _) = interrupting(bytes.clone(), signature, "\"a\"", 0, 0);
     fetcher.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
     assert_eq!(entries(&fetcher.paths.cache).unwrap().len(), 0);
 }
@@ -366,7 +366,7 @@ fn a_package_with_an_unacceptable_signature_is_not_downloaded() {
     let signature = signer.sign(&bytes, &binding(1));
     let server = Server::plain(move |request| match request.path.ends_with(SIGNATURE_SUFFIX) {
         true => CannedResponse::ok(signature.clone()),
-        false => panic!("{} was asked for", request.path),
+        false => panic!("{} was requested", request.path),
     });
     let wanted = PackageRequest { least_epoch: 2, ..PackageRequest::new(release()) };
     assert!(fetcher.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err().contains("epoch 1"));
@@ -423,14 +423,14 @@ fn endpoints_are_tried_in_order_after_the_tarball_location_which_receives_no_age
     assert_eq!(*ids.lock().unwrap(), [false, false, true, true]);
 
     // If the tarball location lacks the package, is unreachable or invalid, the endpoints are tried.
-    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
-    for tarball in [empty.endpoint().url("/x"), format!("http://{nobody}/x"), "no address".to_owned()] {
+    let unused = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    for tarball in [empty.endpoint().url("/x"), format!("http://{unused}/x"), "no address".to_owned()] {
         let wanted = PackageRequest { tarball: Some(tarball.clone()), ..wanted.clone() };
         fetcher.fetch(&[full.endpoint()], &wanted, &signer.keys()).unwrap();
         let error = fetcher.fetch(&[empty.endpoint()], &wanted, &signer.keys()).unwrap_err();
         assert!(error.contains("none of 2 sources"), "{error}");
         assert!(error.contains(&empty.endpoint().url("/api/download/")), "{error}");
-        assert!(error.contains(&tarball) || error.contains(&nobody.to_string()), "{tarball}: {error}");
+        assert!(error.contains(&tarball) || error.contains(&unused.to_string()), "{tarball}: {error}");
     }
 }
 

@@ -222,7 +222,7 @@ fn a_download_that_timed_out_is_resumed_by_the_next_one() {
 fn a_cancelled_download_keeps_the_partial_file() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
-    let (server, _) = breaking(bytes, signature, "\"a\"", 0, 0);
+    let (server, _) = interrupting(bytes, signature, "\"a\"", 0, 0);
     let (fetcher, endpoints) = (Fetcher::new(), [server.endpoint()]);
     let error = fetch(&fetcher.fetch_context(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| {
         done < 100_000
@@ -310,8 +310,8 @@ fn a_download_follows_no_redirect_to_another_host_and_sends_it_no_agent_id() {
 
     // The tarball's server is not one of the endpoints.
     let tarball = Some(server.endpoint().url("/away"));
-    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
-    let ours = format!("http://{nobody}").parse().unwrap();
+    let unused = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    let ours = format!("http://{unused}").parse().unwrap();
     let error =
         fetcher.fetch(&[ours], &PackageRequest { tarball, ..PackageRequest::new(release()) }, &keys).unwrap_err();
     assert!(error.contains("a different host"), "{error}");

@@ -11,11 +11,11 @@ use super::*;
 
 const MIB: u64 = 1 << 20;
 
-/// Serves the package and its ranges, modified by `further`, and counts the requests.
+/// Serves the package and its ranges, modified by `modify`, and counts the requests.
 fn serving(
     bytes: &[u8],
     signature: &str,
-    further: impl Fn(CannedResponse, usize) -> CannedResponse + Send + Sync + 'static,
+    modify: impl Fn(CannedResponse, usize) -> CannedResponse + Send + Sync + 'static,
 ) -> (Server, Arc<AtomicUsize>) {
     let (bytes, signature, count) = (bytes.to_vec(), signature.to_owned(), Arc::new(AtomicUsize::new(0)));
     let counted = Arc::clone(&count);
@@ -36,7 +36,7 @@ fn serving(
         }
         let status = if from > 0 { 206 } else { 200 };
         let response = CannedResponse { status, headers, body: bytes[from..].to_vec(), ..CannedResponse::default() };
-        further(response, counted.fetch_add(1, Ordering::SeqCst))
+        modify(response, counted.fetch_add(1, Ordering::SeqCst))
     });
     (server, count)
 }
@@ -91,15 +91,15 @@ fn a_package_of_unknown_size_reserves_space_as_it_arrives() {
     let (keys, signature) = signed(&bytes);
     let (server, requests) = serving(&bytes, &signature, |response, _| CannedResponse { no_length: true, ..response });
     let (fetcher, endpoints) = (Fetcher::new(), [server.endpoint()]);
-    let mut least = u64::MAX;
+    let mut min_reserved = u64::MAX;
     let tree = fetch(&fetcher.fetch_context(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| {
         if (1..bytes.len() as u64).contains(&done) {
-            least = least.min(fetcher.limits.disk.reserved());
+            min_reserved = min_reserved.min(fetcher.limits.disk.reserved());
         }
         true
     });
     tree.unwrap();
-    assert!((16 * MIB - 400_000..u64::MAX).contains(&least), "{least}");
+    assert!((16 * MIB - 400_000..u64::MAX).contains(&min_reserved), "{min_reserved}");
 
     // Others have reserved the rest: nothing is kept, as it would take space from them.
     let others = reserve_everything(&fetcher.limits.disk);
@@ -172,9 +172,9 @@ fn a_partial_file_is_resumed_from_its_origin_or_from_a_source_with_the_same_etag
     tree.unwrap();
     assert_eq!(requests.load(Ordering::SeqCst), 2);
     // The download restarted before it completed: nothing of the other file was used.
-    let (begun, whole) =
+    let (restarted, whole) =
         (at.iter().rposition(|done| *done == 0), at.iter().position(|done| *done == bytes.len() as u64));
-    assert!(begun < whole, "{at:?}");
+    assert!(restarted < whole, "{at:?}");
 }
 
 /// Serves the package with its own ETag; sends the whole file if `If-Range` differs; records the requested ranges.

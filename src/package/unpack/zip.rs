@@ -297,7 +297,7 @@ impl Read for ZipContent<'_, '_> {
             ZipDecoder::Stored(source) => source.read(buffer)?,
             ZipDecoder::Deflated(source) => source.read(buffer)?,
         };
-        let invalid = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        let invalid = |reason| Err(io::Error::new(io::ErrorKind::InvalidData, reason));
         if amount == 0 && !buffer.is_empty() {
             if self.left > 0 {
                 return invalid("the content is shorter than its header says");
