@@ -271,7 +271,7 @@ fn fetch_from(
     let (bytes, received, elapsed) = (part.size(), part.received(), start.elapsed());
     tracing::info!(file, bytes, received, milliseconds = elapsed.as_millis() as u64, "package downloaded");
     let (mut archive, verification, path) = part.into_parts();
-    let with_source = |error: anyhow::Error| error.context(format!("the package from {source} is rejected"));
+    let with_source = |error: anyhow::Error| error.context(format!("cannot use the package from {source}"));
     let verified = verification.finish().map_err(|error| SourceFailure::Damaged(with_source(error)));
     let verified = verified
         .and_then(|signed| signed.ensure_announced(request).map_err(|error| SourceFailure::source(with_source(error))));
