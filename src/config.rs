@@ -214,11 +214,11 @@ impl Config {
     /// Which proxies are used; `variable` is the environment's.
     pub fn proxies(&self, variable: impl Fn(&str) -> Option<String>) -> Proxies {
         let proxies = match &self.proxy {
-            ProxyChoice::Environment => Proxies::of_environment(variable),
+            ProxyChoice::Environment => Proxies::from_environment(variable),
             ProxyChoice::None => Proxies::default(),
             ProxyChoice::Proxy(proxy) => {
-                let listed = Proxies::of_environment(variable);
-                Proxies::chosen(proxy, listed.exceptions())
+                let listed = Proxies::from_environment(variable);
+                Proxies::from_settings(proxy, listed.exceptions())
             }
         };
         match &self.no_proxy {
@@ -229,7 +229,7 @@ impl Config {
 
     /// A client for one of the ways out of this host, which all go by the same trust and the same proxies.
     pub fn client(&self, trust: &Trust, agent_id: &AgentId, timeouts: Timeouts) -> Result<Client> {
-        Client::through(&self.proxies(|name| std::env::var(name).ok()), trust, Some(agent_id), timeouts)
+        Client::with_proxies(&self.proxies(|name| std::env::var(name).ok()), trust, Some(agent_id), timeouts)
     }
 
     /// How long is waited for what in a download.

@@ -1,8 +1,8 @@
-//! Where a gateway is, and how it is spoken to: addresses, what of TLS is trusted, and a blocking client.
+//! Addresses of gateways, verification of their certificates, and a blocking HTTP client.
 //!
-//! An [`Endpoint`] is the base address of a gateway, or of a directory that holds packages; it never carries a user, a query or a
-//! fragment, so that joining a path to it cannot go anywhere else. A [`Fingerprint`] names a certificate. [`Trust`] says which
-//! certificates are accepted, and [`Client`] is the only way that this program speaks HTTP.
+//! An [`Endpoint`] is the base address of a gateway, or of a directory that holds packages. It never has a user, a query or a fragment, so
+//! joining a path to it cannot lead elsewhere. A [`Fingerprint`] identifies a certificate or a public key. [`Trust`] selects the accepted
+//! certificates, and [`Client`] is this program's only HTTP client.
 
 mod certificate;
 mod client;
@@ -22,16 +22,16 @@ use ureq::http::Uri;
 use crate::core::text::hex;
 
 pub use certificate::{end_of, key_of};
-pub use client::{Client, Disconnector, ForeignRedirect, HttpResponse, Requester, Timeouts, may_pass};
+pub use client::{Client, Disconnector, ForeignRedirect, HttpResponse, Requester, Timeouts, is_transient};
 pub use pins::{add_pins, expect_first_contact};
 pub use proxy::{Exception, Proxies, ProxyUrl};
-pub use tls::with_anyone;
+pub use tls::unverified_tls;
 pub use trust::{Distrust, Trust};
 
-/// An address longer than this is refused.
+/// Longer addresses are rejected.
 const MAX_ADDRESS_BYTES: usize = 2048;
 
-/// Whether bytes travel enciphered.
+/// Whether the connection is encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Scheme {
     Http,
@@ -54,7 +54,7 @@ impl Scheme {
     }
 }
 
-/// A base address: `http` or `https`, a host, a port, and perhaps a path below which everything lies (without a slash at its end).
+/// A base address: `http` or `https`, a host, a port, and an optional path prefix (without a slash at its end).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Endpoint {
@@ -62,7 +62,7 @@ pub struct Endpoint {
     /// Lower case; an IPv6 address in brackets.
     host: String,
     port: u16,
-    /// Empty, or begins with a slash.
+    /// Empty, or starts with a slash.
     prefix: String,
 }
 
@@ -76,13 +76,17 @@ pub struct BadEndpoint {
 impl fmt::Display for BadEndpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown: String = without_user(&self.got).chars().take(120).collect();
-        write!(f, "cannot take {shown:?} as an endpoint: {}; it looks like https://gateway.example:8888", self.why)
+        write!(
+            f,
+            "cannot use {shown:?} as an endpoint: {}; expected an address such as https://gateway.example:8888",
+            self.why
+        )
     }
 }
 
 impl std::error::Error for BadEndpoint {}
 
-/// An address without the user and the password in it.
+/// Removes the user and the password from an address.
 fn without_user(address: &str) -> String {
     let (scheme, rest) = address.split_once("://").unwrap_or(("", address));
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
@@ -93,7 +97,7 @@ fn without_user(address: &str) -> String {
 }
 
 impl Endpoint {
-    /// `https://host:port`, always with the port: what certificates are remembered by and the agent id is meant for.
+    /// `https://host:port`, always with the port. Pins and the agent id belong to an origin.
     pub fn origin(&self) -> String {
         format!("{}://{}:{}", self.scheme.as_str(), self.host, self.port)
     }
@@ -102,7 +106,7 @@ impl Endpoint {
         self.scheme == Scheme::Https
     }
 
-    /// The host as it stands in the address: lower case, an IPv6 address in brackets.
+    /// The host as in the address: lower case, an IPv6 address in brackets.
     pub fn host(&self) -> &str {
         &self.host
     }
@@ -111,7 +115,7 @@ impl Endpoint {
         self.port
     }
 
-    /// Whether it is this very machine: such an address is never spoken to through a proxy.
+    /// Whether the address is this host; such addresses are never reached through a proxy.
     pub fn is_loopback(&self) -> bool {
         let bare = self.host.trim_start_matches('[').trim_end_matches(']');
         match bare.parse::<std::net::IpAddr>() {
@@ -123,12 +127,12 @@ impl Endpoint {
         }
     }
 
-    /// The full address of `path`, which begins with a slash, below this endpoint.
+    /// The full URL of `path`, which starts with a slash, below this endpoint.
     pub fn url(&self, path: &str) -> String {
         format!("{self}{path}")
     }
 
-    /// The endpoint one `path` (beginning with a slash) further down.
+    /// The endpoint below this one at `path`, which starts with a slash.
     pub fn below(&self, path: &str) -> Endpoint {
         Endpoint { prefix: format!("{}{}", self.prefix, path.trim_end_matches('/')), ..self.clone() }
     }
@@ -150,46 +154,46 @@ impl FromStr for Endpoint {
     fn from_str(text: &str) -> Result<Self, BadEndpoint> {
         let refuse = |why: &str| BadEndpoint { got: text.to_owned(), why: why.to_owned() };
         if text.len() > MAX_ADDRESS_BYTES {
-            return Err(refuse("it is too long"));
+            return Err(refuse("the address is too long"));
         }
         let trimmed = text.trim();
         if !trimmed.contains("://") {
-            return Err(refuse("it does not say https:// (or http://)"));
+            return Err(refuse("it does not start with https:// or http://"));
         }
         let uri: Uri = trimmed.parse().map_err(|error| refuse(&format!("{error}")))?;
         let scheme = match uri.scheme_str() {
             Some("https") => Scheme::Https,
             Some("http") => Scheme::Http,
-            _ => return Err(refuse("neither http nor https")),
+            _ => return Err(refuse("the scheme is neither http nor https")),
         };
-        let authority = uri.authority().ok_or_else(|| refuse("it names no host"))?;
+        let authority = uri.authority().ok_or_else(|| refuse("the host is missing"))?;
         if authority.as_str().contains('@') {
-            return Err(refuse("a user name or password has no place in it"));
+            return Err(refuse("a user name or password is not allowed"));
         }
         if uri.query().is_some() || trimmed.contains('#') {
-            return Err(refuse("a query (?) or fragment (#) has no place in it"));
+            return Err(refuse("a query (?) or fragment (#) is not allowed"));
         }
         if authority.host().is_empty() {
-            return Err(refuse("it names no host"));
+            return Err(refuse("the host is missing"));
         }
-        // What else an authority may hold by its grammar is part of no name that resolves, and of quotes in many a format.
+        // The grammar of an authority allows more characters, which occur in no resolvable name and are special in many formats.
         let host = authority.host();
         let is_address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
         let is_address = is_address.is_some_and(|address| address.parse::<std::net::Ipv6Addr>().is_ok());
         let is_name = host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
         if !authority.as_str().starts_with(host) || !(is_address || is_name) {
-            return Err(refuse("its host is no name and no address"));
+            return Err(refuse("the host is not a valid name or IP address"));
         }
         let port = match authority.as_str().strip_prefix(authority.host()) {
             None | Some("" | ":") => scheme.default_port(),
             Some(_) => match authority.port_u16() {
                 Some(port) if port != 0 => port,
-                _ => return Err(refuse("its port is not a number from 1 to 65535")),
+                _ => return Err(refuse("the port is not a number from 1 to 65535")),
             },
         };
         let prefix = uri.path().trim_end_matches('/');
         if prefix.split('/').any(|part| part == "." || part == "..") {
-            return Err(refuse("its path goes up"));
+            return Err(refuse("the path contains . or .."));
         }
         Ok(Endpoint { scheme, host: authority.host().to_ascii_lowercase(), port, prefix: prefix.to_owned() })
     }
@@ -224,7 +228,7 @@ impl fmt::Display for BadFingerprint {
         let shown: String = self.0.chars().take(120).collect();
         write!(
             f,
-            "cannot take {shown:?} as a certificate's SHA-256: expected 64 hexadecimal digits, as \
+            "cannot use {shown:?} as a certificate's SHA-256: expected 64 hexadecimal digits, as \
              `openssl x509 -noout -fingerprint -sha256 -in CERT` prints them"
         )
     }
@@ -233,7 +237,7 @@ impl fmt::Display for BadFingerprint {
 impl std::error::Error for BadFingerprint {}
 
 impl Fingerprint {
-    /// Of `der`: a whole certificate, or a SubjectPublicKeyInfo.
+    /// The fingerprint of `der`: a whole certificate, or a SubjectPublicKeyInfo.
     pub fn of(der: &[u8]) -> Fingerprint {
         Fingerprint(Sha256::digest(der).into())
     }

@@ -1,4 +1,4 @@
-//! How this host fetches packages: by its settings, the keys that it trusts and the epochs that it has committed.
+//! Fetches packages with this host's settings, trusted keys and committed epochs.
 
 use anyhow::Result;
 
@@ -9,22 +9,22 @@ use crate::home::Home;
 use crate::installation::{Epochs, keyring};
 use crate::package::{self, FetchContext, FetchLimits, Keys, PackagePaths, PackageRequest, Progress, VerifiedTree};
 
-/// What a package is fetched and verified by.
+/// The settings, keys and epochs that packages are fetched and verified with.
 #[derive(Debug)]
 pub struct Fetching<'a> {
     pub config: &'a Config,
     pub agent_id: &'a AgentId,
-    /// How the gateway's certificate is checked.
+    /// How the gateway's certificate is verified.
     pub trust: Trust,
-    /// Asked in this order.
+    /// Tried in this order.
     pub endpoints: Vec<Endpoint>,
     pub keys: Keys,
     pub epochs: Epochs,
-    pub places: PackagePaths,
+    pub paths: PackagePaths,
 }
 
 impl<'a> Fetching<'a> {
-    /// As an installed home says it now.
+    /// The current state of an installed home.
     pub fn of(home: &Home, config: &'a Config, agent_id: &'a AgentId) -> Result<Fetching<'a>> {
         Ok(Fetching {
             config,
@@ -33,31 +33,31 @@ impl<'a> Fetching<'a> {
             endpoints: config.heartbeat_srv.clone(),
             keys: keyring::trusted(home)?,
             epochs: Epochs::load(home)?,
-            places: PackagePaths::of(home),
+            paths: PackagePaths::of(home),
         })
     }
 
-    /// Fetches a package, with a client of its own, since the download is ended with that. `begun` gets the means to end it from elsewhere.
+    /// Fetches a package with a client of its own, so that the download can be aborted alone. `on_start` receives the handle that aborts it.
     pub fn fetch(
         &self,
-        wanted: PackageRequest,
-        commons: &FetchLimits,
-        begun: impl FnOnce(Disconnector),
+        request: PackageRequest,
+        limits: &FetchLimits,
+        on_start: impl FnOnce(Disconnector),
         progress: &mut Progress<'_>,
     ) -> Result<VerifiedTree> {
-        let least = self.epochs.least(wanted.release.name.as_str());
-        let wanted = PackageRequest { least_epoch: wanted.least_epoch.max(least), ..wanted };
-        commons.limit(self.config.download_rate.map(|rate| rate.0));
+        let min_epoch = self.epochs.least(request.release.name.as_str());
+        let request = PackageRequest { least_epoch: request.least_epoch.max(min_epoch), ..request };
+        limits.limit(self.config.download_rate.map(|rate| rate.0));
         let client = self.config.client(&self.trust, self.agent_id, self.config.download_timeouts())?;
-        begun(client.end());
-        let means = FetchContext {
+        on_start(client.disconnector());
+        let context = FetchContext {
             client: &client,
             endpoints: &self.endpoints,
             keys: &self.keys,
-            places: &self.places,
-            commons,
-            within: self.config.download_timeout.0,
+            paths: &self.paths,
+            limits,
+            timeout: self.config.download_timeout.0,
         };
-        package::fetch(&means, &wanted, progress)
+        package::fetch(&context, &request, progress)
     }
 }

@@ -1,12 +1,12 @@
-//! Packages: the only way in which bytes from the network become something that may run.
+//! Packages: the only way from bytes on the network to a program on the disk.
 //!
-//! [`fetch`] does the whole of it: signature, download, verification, unpacking. What it answers, a [`VerifiedTree`], has no public
-//! constructor, so that skipping the verification does not compile. The archive is verified as it comes and unpacked from the same open
-//! file, which is nobody else's to write: nothing can be put in its place in between.
+//! [`fetch`] checks the signature file, downloads, verifies and unpacks. It returns a [`VerifiedTree`], which has no public constructor,
+//! so code that skips the verification does not compile. The archive is verified during the download and unpacked from the same open,
+//! private file, so it cannot be exchanged between the two.
 //!
 //! ```text
-//! cache/<file>.part, .part.etag   being downloaded, gone on with by the next try or the next run; removed once in place
-//! staging/<unique>/               being unpacked; removed with its VerifiedTree, else swept by the next start
+//! cache/<file>.part, .part.etag   a partial download; the next attempt or the next run resumes it; removed after the move into place
+//! staging/<unique>/               a package that is being unpacked; removed with its VerifiedTree, or swept at the next start
 //! <final>/  <final>/.complete     moved into place by one rename; `.complete` is written last and removed first
 //! ```
 
@@ -19,7 +19,7 @@ pub mod keys;
 pub mod pack;
 mod partial;
 mod progress;
-mod refused;
+mod rejection;
 #[cfg(feature = "gateway")]
 pub mod sign;
 mod source_rotation;
@@ -52,61 +52,61 @@ use progress::DownloadProgress;
 use source_rotation::SourceRotation;
 
 pub use cache::{sweep, trim};
-pub use completion::{Completed, WithdrawnRelease, discard, whole};
+pub use completion::{Completed, WithdrawnRelease, discard, load_completed};
 pub use keys::Keys;
-pub use refused::{PackageRejected, is_refusal};
+pub use rejection::{PackageRejected, is_refusal};
 #[cfg(feature = "gateway")]
-pub use unpack::look_through;
+pub use unpack::inspect;
 pub use verify::sha256_of;
 #[cfg(feature = "gateway")]
-pub use verify::{SignatureStatus, claimed as binding_of, judge};
+pub use verify::{SignatureStatus, check_signature, claimed as binding_of};
 
-/// What a package's signature file is called, after the package's own name.
+/// The suffix of a package's signature file, appended to the package's file name.
 pub const SIGNATURE_SUFFIX: &str = ".minisig";
-/// A signature file is refused beyond this; minisign's have about 400 bytes.
+/// Larger signature files are rejected; minisign's have about 400 bytes.
 pub const MAX_SIGNATURE_BYTES: u64 = 4 << 10;
 
-/// A package whose size nobody told is given up beyond this, and one that is told to be larger is not begun.
+/// Limit for a package of unknown size; a package with a larger announced size is rejected before the download.
 const MAX_PACKAGE_BYTES: u64 = 4 << 30;
 
-/// A release to be had, and what is known about its package.
+/// A release to fetch, and the properties of its package as far as they are announced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PackageRequest {
     pub release: Release,
-    /// Address of the directory that holds the package; absent: the endpoints' own download path.
+    /// URL of the directory that holds the package; default: the endpoints' own download path.
     pub tarball: Option<String>,
-    /// The package's file name; absent: `{name}-{version}_{os}_{arch}.tar.zst`.
+    /// The package's file name; default: `{name}-{version}_{os}_{arch}.tar.zst`.
     pub file: Option<String>,
     pub sha256: Option<Digest>,
-    /// Of the package, bytes.
+    /// Size of the package in bytes.
     pub size: Option<u64>,
-    /// The epoch of this name that the host has committed: a lower one is refused.
+    /// The epoch that the host has committed for this name; packages of a lower epoch are rejected.
     pub least_epoch: u64,
 }
 
 impl PackageRequest {
-    /// Nothing is known but the release.
+    /// A request for a release about which nothing else is announced.
     pub fn new(release: Release) -> PackageRequest {
         PackageRequest { release, tarball: None, file: None, sha256: None, size: None, least_epoch: 0 }
     }
 
-    /// What an order says about its package.
+    /// The request for the package of an order.
     pub fn of(package: &Package, name: &AgentName, os: Os, arch: Arch) -> PackageRequest {
         let Package { version: _, tarball, file, sha256, size } = package.clone();
         PackageRequest { release: package.release(name, os, arch), tarball, file, sha256, size, least_epoch: 0 }
     }
 
-    /// What the package's file is called.
+    /// The package's file name; `None` if the announced one does not belong to this release.
     pub fn file_name(&self) -> Option<String> {
         self.file().ok().map(|(file, _)| file)
     }
 
-    /// The package's file name, which can only be one of this release's, and how it is packed.
+    /// The package's file name, which must be one of this release's, and its archive format.
     fn file(&self) -> Result<(String, Packing)> {
         let Some(file) = &self.file else { return Ok((self.release.file_name(Packing::TarZst), Packing::TarZst)) };
         let packing = self.release.packing_of(file).with_context(|| {
             format!(
-                "cannot take {file:?} as the package of {}: it would be called {}",
+                "cannot use the file {file:?} as the package of {}: the expected file name is {}",
                 self.release,
                 self.release.file_name(Packing::TarZst)
             )
@@ -116,7 +116,7 @@ impl PackageRequest {
     }
 }
 
-/// Where a package is kept on its way.
+/// The directories of packages in transit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PackagePaths {
     pub cache: PathBuf,
@@ -124,21 +124,21 @@ pub struct PackagePaths {
 }
 
 impl PackagePaths {
-    /// Those of an installed home.
+    /// The directories of an installed home.
     pub fn of(home: &Home) -> PackagePaths {
         PackagePaths { cache: home.cache(), staging: home.staging() }
     }
 }
 
-/// What all fetches of a process share: the disk, and the rate of their downloads.
+/// Resources that all fetches of a process share: disk space and download rate.
 #[derive(Debug, Default)]
 pub struct FetchLimits {
-    space: DiskReservations,
+    disk: DiskReservations,
     throttle: Mutex<Option<Throttle>>,
 }
 
 impl FetchLimits {
-    /// From now on they bring at most so many bytes a second, all together; `None`: as many as they can.
+    /// Limits all downloads together to this rate from now on; `None`: no limit.
     pub fn limit(&self, per_second: Option<u64>) {
         let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
         if throttle.as_ref().map(Throttle::per_second) != per_second {
@@ -146,36 +146,36 @@ impl FetchLimits {
         }
     }
 
-    /// So many bytes came; how long to wait for the next.
+    /// Accounts for received bytes; returns how long to wait before the next read.
     fn take(&self, bytes: u64) -> Duration {
         let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
         throttle.as_mut().map_or(Duration::ZERO, |throttle| throttle.take(bytes, Instant::now()))
     }
 }
 
-/// By what packages are fetched.
+/// Everything that a fetch needs besides the request.
 #[derive(Debug, Clone, Copy)]
 pub struct FetchContext<'a> {
     pub client: &'a Client,
-    /// Asked in order, after the place that a release names itself.
+    /// Tried in order, after the location that the release names.
     pub endpoints: &'a [Endpoint],
     pub keys: &'a Keys,
-    pub places: &'a PackagePaths,
-    pub commons: &'a FetchLimits,
-    /// For the download of one package, all tries together. What came until then is kept for the next fetch.
-    pub within: Duration,
+    pub paths: &'a PackagePaths,
+    pub limits: &'a FetchLimits,
+    /// Limit for the download of one package, all attempts together. The bytes received by then are kept for the next fetch.
+    pub timeout: Duration,
 }
 
-/// Is told how many bytes are there, and of how many; `false`: the package is not wanted any more.
+/// Called with the number of bytes received and the total; returns `false` to cancel the fetch.
 pub type Progress<'a> = dyn FnMut(u64, Option<u64>) -> bool + 'a;
 
-/// No source could give a package now. [`std::fmt::Display`] names what was wrong with each.
+/// No source could serve the package now. [`std::fmt::Display`] gives the reason for each source.
 #[derive(Debug)]
 pub struct Unavailable {
     why: String,
-    /// They asked to be left alone for so long.
+    /// The longest `Retry-After` of the sources.
     pub retry_after: Option<Duration>,
-    /// What one of them gave was refused, or who it is was not trusted.
+    /// A source's package was rejected, or a source was not trusted.
     refused: bool,
 }
 
@@ -187,46 +187,49 @@ impl std::fmt::Display for Unavailable {
 
 impl std::error::Error for Unavailable {}
 
-/// Brings a release onto this host: downloads its package from the first source that has it, verifies and unpacks it.
+/// Fetches a release: downloads its package from the first source that has it, verifies and unpacks it.
 ///
-/// Fails with an [`Unavailable`] where it is the sources that failed. What came of the package stays for the next fetch, unless it is the
-/// package that was refused.
-pub fn fetch(means: &FetchContext<'_>, wanted: &PackageRequest, progress: &mut Progress<'_>) -> Result<VerifiedTree> {
+/// Fails with an [`Unavailable`] if all sources failed. A partial download is kept for the next fetch, unless the package was rejected.
+pub fn fetch(
+    context: &FetchContext<'_>,
+    request: &PackageRequest,
+    progress: &mut Progress<'_>,
+) -> Result<VerifiedTree> {
     let mut attempt = || -> Result<VerifiedTree> {
-        means.keys.ensure_some()?;
-        let (file, packing) = wanted.file()?;
-        let places = means.places;
-        for place in [&places.cache, &places.staging] {
-            cache::make_private(place)?;
+        context.keys.ensure_not_empty()?;
+        let (file, packing) = request.file()?;
+        let paths = context.paths;
+        for directory in [&paths.cache, &paths.staging] {
+            cache::make_private(directory)?;
         }
-        if let Err(error) = trim(&places.cache, |_| true) {
-            tracing::warn!(error = format!("{error:#}"), "what nobody comes back for stays in the cache");
+        if let Err(error) = trim(&paths.cache, |_| true) {
+            tracing::warn!(error = format!("{error:#}"), "cannot remove abandoned downloads from the cache");
         }
-        let until = Instant::now() + means.within;
-        let (sources, unusable) = sources::sources(means.endpoints, wanted.tarball.as_deref())?;
+        let until = Instant::now() + context.timeout;
+        let (sources, unusable) = sources::sources(context.endpoints, request.tarball.as_deref())?;
         let mut failures: Vec<String> = unusable.iter().map(|error| format!("{error:#}")).collect();
         let (mut retry_after, mut refused) = (None, false);
-        let (mut watch, mut turns) = (DownloadProgress::new(&mut *progress), SourceRotation::new(sources.len()));
-        let mut room = PackageSpace::new(&means.commons.space, &places.staging, until);
+        let (mut progress, mut rotation) = (DownloadProgress::new(&mut *progress), SourceRotation::new(sources.len()));
+        let mut space = PackageSpace::new(&context.limits.disk, &paths.staging, until);
         let left = || until.saturating_duration_since(Instant::now());
-        while let Some(turn) = turns.next(left()) {
-            let (source, time) = (&sources[turn.source], turn.time);
-            let download = Download { means, source, file: &file, wanted, time, until: Instant::now() + time };
-            let error = match from(&download, packing, &mut room, &mut watch) {
+        while let Some(attempt) = rotation.next(left()) {
+            let (source, time) = (&sources[attempt.source], attempt.time);
+            let download = Download { context, source, file: &file, request, time, until: Instant::now() + time };
+            let error = match fetch_from(&download, packing, &mut space, &mut progress) {
                 Ok(tree) => return Ok(tree),
                 Err(SourceFailure::Host(error)) => return Err(error),
-                Err(SourceFailure::Source { error, retry_after: asked }) => {
-                    retry_after = retry_after.max(asked);
+                Err(SourceFailure::Source { error, retry_after: source_retry_after }) => {
+                    retry_after = retry_after.max(source_retry_after);
                     error
                 }
-                Err(SourceFailure::Late(error)) => {
-                    turns.late(turn.source, left());
+                Err(SourceFailure::TimedOut(error)) => {
+                    rotation.timed_out(attempt.source, left());
                     error
                 }
                 Err(SourceFailure::Damaged(error)) => {
-                    if turns.damaged(turn.source) {
+                    if rotation.damaged(attempt.source) {
                         let error = format!("{error:#}");
-                        tracing::warn!(file, error, "a package came damaged and is fetched again");
+                        tracing::warn!(file, error, "a downloaded package is damaged; downloading it again");
                     }
                     error
                 }
@@ -237,10 +240,10 @@ pub fn fetch(means: &FetchContext<'_>, wanted: &PackageRequest, progress: &mut P
         failures.dedup();
         Err(anyhow!(Unavailable { why: all_failed(failures), retry_after, refused }))
     };
-    attempt().with_context(|| format!("cannot fetch {}", wanted.release))
+    attempt().with_context(|| format!("cannot fetch {}", request.release))
 }
 
-/// One error out of what each source failed with.
+/// Joins the errors of all sources into one.
 fn all_failed(mut failures: Vec<String>) -> String {
     match failures.len() {
         1 => failures.remove(0),
@@ -248,49 +251,49 @@ fn all_failed(mut failures: Vec<String>) -> String {
     }
 }
 
-/// From one source.
-fn from(
+/// Fetches from one source.
+fn fetch_from(
     download: &Download<'_>,
     packing: Packing,
-    room: &mut PackageSpace<'_>,
-    watch: &mut DownloadProgress<'_>,
+    space: &mut PackageSpace<'_>,
+    progress: &mut DownloadProgress<'_>,
 ) -> Result<VerifiedTree, SourceFailure> {
-    let Download { means, source, file, wanted, .. } = *download;
-    let signature = fetch::signature(download, watch)?;
-    let examined = verify::examine(&signature, means.keys, wanted).map_err(SourceFailure::source)?;
-    let most = wanted.size.unwrap_or(MAX_PACKAGE_BYTES);
-    let part = PartialDownload::open(&means.places.cache, file, most, &examined, means.keys, watch);
-    let (mut part, began) = (part.map_err(SourceFailure::Host)?, Instant::now());
-    if let Err(failure) = fetch::archive(download, &mut part, room, watch) {
-        part.leave(wanted.size);
+    let Download { context, source, file, request, .. } = *download;
+    let signature = fetch::signature(download, progress)?;
+    let examined = verify::examine(&signature, context.keys, request).map_err(SourceFailure::source)?;
+    let limit = request.size.unwrap_or(MAX_PACKAGE_BYTES);
+    let part = PartialDownload::open(&context.paths.cache, file, limit, &examined, context.keys, progress);
+    let (mut part, start) = (part.map_err(SourceFailure::Host)?, Instant::now());
+    if let Err(failure) = fetch::archive(download, &mut part, space, progress) {
+        part.keep_if_resumable(request.size);
         return Err(failure);
     }
-    let (bytes, came, took) = (part.have(), part.came(), began.elapsed());
-    tracing::info!(file, bytes, came, milliseconds = took.as_millis() as u64, "a package is downloaded");
-    let (mut archive, verification, path) = part.whole();
-    let of_source = |error: anyhow::Error| error.context(format!("cannot take what {source} sent"));
-    let verified = verification.finish().map_err(|error| SourceFailure::Damaged(of_source(error)));
-    let verified =
-        verified.and_then(|signed| signed.compared(wanted).map_err(|error| SourceFailure::source(of_source(error))));
+    let (bytes, received, elapsed) = (part.size(), part.received(), start.elapsed());
+    tracing::info!(file, bytes, received, milliseconds = elapsed.as_millis() as u64, "package downloaded");
+    let (mut archive, verification, path) = part.into_parts();
+    let with_source = |error: anyhow::Error| error.context(format!("cannot use the package from {source}"));
+    let verified = verification.finish().map_err(|error| SourceFailure::Damaged(with_source(error)));
+    let verified = verified
+        .and_then(|signed| signed.ensure_announced(request).map_err(|error| SourceFailure::source(with_source(error))));
     let tree = verified.and_then(|verified| {
-        let staging = &means.places.staging;
+        let staging = &context.paths.staging;
         let mut may_write = |bytes| {
-            watch.still_wanted()?;
-            room.unpacks(bytes, &mut || Ok(watch.still_wanted()?))
+            progress.still_wanted()?;
+            space.reserve_tree(bytes, &mut || Ok(progress.still_wanted()?))
         };
-        unpacked(&mut archive, packing, verified, wanted, staging, &mut may_write).map_err(SourceFailure::Host)
+        unpack_verified(&mut archive, packing, verified, request, staging, &mut may_write).map_err(SourceFailure::Host)
     });
     if let Err(SourceFailure::Host(error)) = &tree
         && !is_refusal(error)
     {
-        // It is whole and as it was signed: the next fetch need not download it.
+        // The archive is complete and verified: keep it, so that the next fetch need not download it.
         return tree;
     }
     match tree {
-        // It is needed until the tree is in its place.
+        // The archive is kept until the tree is in place.
         Ok(tree) => Ok(VerifiedTree { archive: Some(CachedArchive(path)), ..tree }),
         Err(failure) => {
-            // It must not be taken for good the next time. Its lock goes last.
+            // A rejected archive must not be used again. Dropping the file last keeps the lock until it is removed.
             partial::remove(&path).map_err(SourceFailure::Host)?;
             drop(archive);
             Err(failure)
@@ -298,34 +301,36 @@ fn from(
     }
 }
 
-/// As [`fetch`], from a file of this host with its signature beside it. The file may have any name that says how it is packed.
-pub fn open_local(file: &Path, wanted: &PackageRequest, keys: &Keys, staging: &Path) -> Result<VerifiedTree> {
+/// Like [`fetch`], for a local file with its signature beside it. The file may have any name with the suffix of an archive format.
+pub fn open_local(file: &Path, request: &PackageRequest, keys: &Keys, staging: &Path) -> Result<VerifiedTree> {
     let attempt = || -> Result<VerifiedTree> {
-        keys.ensure_some()?;
+        keys.ensure_not_empty()?;
         let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let packing = Packing::ALL.iter().copied().find(|packing| name.ends_with(&format!(".{packing}")));
-        let packing = packing.context("its name ends neither in .tar.zst nor in .tar.gz nor in .zip")?;
-        fs::create_dir_all(staging).with_context(|| format!("cannot make {}", staging.display()))?;
+        let packing = packing.context("the file name must end in .tar.zst, .tar.gz or .zip")?;
+        fs::create_dir_all(staging).with_context(|| format!("cannot create {}", staging.display()))?;
         let size = fs::metadata(file)?.len();
-        let commons = FetchLimits::default();
-        let mut room = PackageSpace::new(&commons.space, staging, Instant::now());
-        room.fit(size, &mut || Ok(()))?;
-        let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
-        // Others may be able to write the file that was given: what is verified and unpacked is a copy that has no name.
-        let mut copy =
-            tempfile::tempfile_in(staging).with_context(|| format!("cannot make a file in {}", staging.display()))?;
+        let limits = FetchLimits::default();
+        let mut space = PackageSpace::new(&limits.disk, staging, Instant::now());
+        space.reserve(size, &mut || Ok(()))?;
+        let examined = verify::examine(&local_signature(file)?, keys, request)?;
+        // Others may be able to write to the given file, so verify and unpack a copy without a name.
+        let mut copy = tempfile::tempfile_in(staging)
+            .with_context(|| format!("cannot create a temporary file in {}", staging.display()))?;
         let mut verification = examined.begin(keys)?;
         let mut given = File::open(file)?.take(size);
         verify::read_through(&mut given, &mut verification, Some(&mut copy), &mut |_| Ok(()))
-            .with_context(|| format!("cannot copy it into {}", staging.display()))?;
-        let verified = verification.finish()?.compared(wanted)?;
-        room.has_archive(size);
-        unpacked(&mut copy, packing, verified, wanted, staging, &mut |bytes| room.unpacks(bytes, &mut || Ok(())))
+            .with_context(|| format!("cannot copy the package to {}", staging.display()))?;
+        let verified = verification.finish()?.ensure_announced(request)?;
+        space.set_archive(size);
+        unpack_verified(&mut copy, packing, verified, request, staging, &mut |bytes| {
+            space.reserve_tree(bytes, &mut || Ok(()))
+        })
     };
     attempt().with_context(|| format!("cannot use the package {}", file.display()))
 }
 
-/// What the signature beside a local package says that it is. A claim that [`open_local`] has yet to verify.
+/// The binding in the signature beside a local package. It is a claim until [`open_local`] has verified it.
 pub fn claimed(file: &Path) -> Result<Binding> {
     local_signature(file)
         .and_then(|signature| verify::claimed(&signature))
@@ -337,45 +342,45 @@ fn local_signature(file: &Path) -> Result<String> {
     path.push(SIGNATURE_SUFFIX);
     let path = PathBuf::from(path);
     let bytes = store::read(&path, MAX_SIGNATURE_BYTES)?
-        .with_context(|| format!("its signature {} is missing; a package travels with it", path.display()))?;
+        .with_context(|| format!("the signature file {} is missing; put it beside the package", path.display()))?;
     String::from_utf8(bytes).with_context(|| format!("{} is not a signature file", path.display()))
 }
 
-/// Unpacks what was verified: `archive` is the file that it was verified through, and nobody else's to write.
-fn unpacked(
+/// Unpacks a verified package. `archive` is the file that was verified; no one else can write to it.
+fn unpack_verified(
     archive: &mut File,
     packing: Packing,
     verified: verify::VerifiedPackage,
-    wanted: &PackageRequest,
+    request: &PackageRequest,
     staging: &Path,
     may_write: &mut unpack::MayWrite<'_>,
 ) -> Result<VerifiedTree> {
     archive.rewind()?;
     let limits = unpack::UnpackLimits::default();
-    let os = wanted.release.os;
-    let path = unpack::unpack(archive, packing, os, staging, &limits, may_write).map_err(refused::by_content)?;
-    let file = wanted.release.file_name(packing);
+    let os = request.release.os;
+    let path = unpack::unpack(archive, packing, os, staging, &limits, may_write).map_err(rejection::mark_rejected)?;
+    let file = request.release.file_name(packing);
     let verify::VerifiedPackage { binding, sha256, signer } = verified;
-    Ok(VerifiedTree { path: Unpacked(path), archive: None, file, binding, sha256, signer })
+    Ok(VerifiedTree { path: StagedTree(path), archive: None, file, binding, sha256, signer })
 }
 
-/// A tree in staging, which is removed when this is dropped.
+/// A tree in staging, removed when this is dropped.
 #[derive(Debug)]
-struct Unpacked(PathBuf);
+struct StagedTree(PathBuf);
 
-impl Drop for Unpacked {
+impl Drop for StagedTree {
     fn drop(&mut self) {
-        // Moved to its place, it is not there any more. What cannot be removed is left to the next sweep.
+        // After the move the path no longer exists. If the removal fails, the next sweep removes the tree.
         let _ = store::remove_tree(&self.0);
     }
 }
 
-/// The archive of a tree, in the cache, which goes when this is dropped.
+/// The cached archive of a tree, removed when this is dropped.
 #[derive(Debug)]
 struct CachedArchive(PathBuf);
 
 impl CachedArchive {
-    /// It stays, for another time.
+    /// Keeps the archive for another fetch.
     fn keep(mut self) {
         self.0 = PathBuf::new();
     }
@@ -386,16 +391,19 @@ impl Drop for CachedArchive {
         if !self.0.as_os_str().is_empty()
             && let Err(error) = partial::remove(&self.0)
         {
-            tracing::warn!(error = format!("{error:#}"), "a package that is unpacked stays in the cache for a while");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot remove an unpacked package from the cache; a later cleanup removes it"
+            );
         }
     }
 }
 
-/// An unpacked package whose signature was verified, in staging. Dropped, nothing stays of it.
+/// An unpacked package with a verified signature, in staging. Dropping it removes the tree.
 #[derive(Debug)]
 pub struct VerifiedTree {
-    path: Unpacked,
-    /// In the cache; `None`: it came from elsewhere.
+    path: StagedTree,
+    /// The archive in the cache; `None` for a local package.
     archive: Option<CachedArchive>,
     file: String,
     binding: Binding,
@@ -408,33 +416,33 @@ impl VerifiedTree {
         &self.path.0
     }
 
-    /// What the signed comment said.
+    /// The binding from the signed comment.
     pub fn binding(&self) -> &Binding {
         &self.binding
     }
 
-    /// Of the archive.
+    /// The SHA-256 of the archive.
     pub fn sha256(&self) -> &Digest {
         &self.sha256
     }
 
-    /// Puts the tree where the release belongs, on the same file system. What stands there unfinished goes; a finished release stays,
-    /// and is an error.
+    /// Moves the tree to the release directory, which must be on the same file system. Replaces an incomplete release; a complete one at
+    /// that path is an error.
     pub fn move_to(mut self, to: &Path) -> Result<()> {
         let attempt = || -> Result<()> {
             let parent = to.parent().context("it has no parent directory")?;
             match platform::create_directory(parent, 0o755) {
-                // Whatever the umask is: nobody else may write where releases lie.
+                // Set the mode explicitly: no one else may write to the directory of releases, whatever the umask is.
                 Err(error) if error.kind() == ErrorKind::NotFound => fs::create_dir_all(parent)?,
                 Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error.into()),
                 _ => {}
             }
             if fs::symlink_metadata(to.join(COMPLETE)).is_ok() {
-                bail!("a finished release stands there already");
+                bail!("a complete release already exists there");
             }
             store::remove_tree(to)?;
             fs::rename(self.path(), to).with_context(|| {
-                format!("cannot move {} there (both must be on one file system)", self.path().display())
+                format!("cannot rename {} (both paths must be on one file system)", self.path().display())
             })?;
             platform::sync_directory(parent)?;
             let record = Completed {
@@ -450,17 +458,17 @@ impl VerifiedTree {
         if outcome.is_err()
             && let Some(archive) = self.archive.take()
         {
-            // What keeps it from its place need not have it downloaded again.
+            // The obstacle is on this host: keep the archive, so that it need not be downloaded again.
             archive.keep();
         }
-        outcome.with_context(|| format!("cannot put {} into {}", self.binding.release, to.display()))
+        outcome.with_context(|| format!("cannot move {} to {}", self.binding.release, to.display()))
     }
 }
 
-/// Compares what was got with what was wanted, the same way wherever it came from.
-fn ensure_size(got: u64, wanted: Option<u64>) -> Result<()> {
-    if let Some(wanted) = wanted {
-        ensure!(got == wanted, "it has {got} bytes where {wanted} were announced");
+/// Compares the size of a package with the announced one.
+fn ensure_size(size: u64, announced: Option<u64>) -> Result<()> {
+    if let Some(announced) = announced {
+        ensure!(size == announced, "the size is {size} bytes, but {announced} were announced");
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! What a host says to its gateway: the heartbeat, and the question which release is the current one.
+//! Requests from a host to its gateway: the heartbeat, and the query for the current release of a package.
 //!
-//! One exchange with one endpoint each; [`sender`] tries several endpoints with a heartbeat. When to send and how long to wait after a
-//! failure is the caller's to decide.
+//! Each function makes one exchange with one endpoint; [`sender`] tries several endpoints. The caller decides when to send and how long
+//! to wait after a failure.
 
 pub mod sender;
 
@@ -14,24 +14,24 @@ use crate::core::model::{AgentName, Arch, Os};
 use crate::core::protocol::{self, Answer, HEARTBEAT_PATH, Heartbeat, MAX_VALUES, Offer, RELEASES_PATH};
 use crate::endpoint::{Client, Distrust, Endpoint};
 
-/// A desired state is refused beyond this: a thousand sub-agents with a screenful of environment each.
+/// Limit for an answer: a thousand sub-agents with a screenful of environment each.
 const MAX_ANSWER_BYTES: u64 = 4 << 20;
 const MAX_OFFER_BYTES: u64 = 64 << 10;
 
-/// What came of a heartbeat.
+/// The answer to a heartbeat.
 #[derive(Debug)]
 pub struct HeartbeatAnswer {
     pub answer: Answer,
-    /// Seconds by which this host's clock is ahead of the gateway's, where that said what it is.
+    /// Seconds by which this host's clock is ahead of the gateway's; `None` without a `Date` header.
     pub clock_offset: Option<i64>,
 }
 
-/// Why a heartbeat failed, and when the gateway wants to hear of this host again if it said so.
+/// Why a heartbeat failed, and the gateway's `Retry-After` if it sent one.
 #[derive(Debug)]
 pub struct HeartbeatError {
     pub error: anyhow::Error,
     pub retry_after: Option<Duration>,
-    /// Somebody answered who is not believed: by his certificate, or by what he says.
+    /// An answer came, but from a server with an untrusted certificate, or with content for another host or no valid content.
     pub is_distrust: bool,
 }
 
@@ -50,30 +50,30 @@ impl From<anyhow::Error> for HeartbeatError {
     }
 }
 
-/// Reports the actual state; the answer is for this host, or it is refused.
+/// Sends a heartbeat. An answer for another agent is rejected.
 pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<HeartbeatAnswer, HeartbeatError> {
-    let what = || format!("cannot send a heartbeat to {endpoint}");
-    let json = serde_json::to_vec(heartbeat).with_context(what)?;
-    let asked = SystemTime::now();
-    let reply = client.post_json(endpoint, HEARTBEAT_PATH, &json).with_context(what)?;
-    let clock_offset = reply.date().and_then(|date| clock_offset(asked, SystemTime::now(), date));
+    let context = || format!("cannot send a heartbeat to {endpoint}");
+    let json = serde_json::to_vec(heartbeat).with_context(context)?;
+    let sent = SystemTime::now();
+    let reply = client.post_json(endpoint, HEARTBEAT_PATH, &json).with_context(context)?;
+    let clock_offset = reply.date().and_then(|date| clock_offset(sent, SystemTime::now(), date));
     if reply.status() != 200 {
         let retry_after = reply.retry_after();
-        return Err(HeartbeatError { error: reply.refused().context(what()), retry_after, is_distrust: false });
+        return Err(HeartbeatError { error: reply.into_error().context(context()), retry_after, is_distrust: false });
     }
-    let bytes = reply.bytes(MAX_ANSWER_BYTES).with_context(what)?;
-    // Before it is taken apart: small values take many times the memory that they take on the wire.
+    let bytes = reply.bytes(MAX_ANSWER_BYTES).with_context(context)?;
+    // Check before parsing: parsed values take many times the memory of their JSON.
     if protocol::values(&bytes) > MAX_VALUES {
-        let error = anyhow::anyhow!("cannot take the answer of {endpoint}: it has more than {MAX_VALUES} values");
+        let error = anyhow::anyhow!("cannot accept the answer of {endpoint}: it has more than {MAX_VALUES} values");
         return Err(HeartbeatError { error, retry_after: None, is_distrust: true });
     }
     let answer: Answer = serde_json::from_slice(&bytes).map_err(|error| {
-        let error = anyhow::Error::from(error).context(format!("cannot read the answer of {endpoint} to a heartbeat"));
+        let error = anyhow::Error::from(error).context(format!("cannot parse the answer of {endpoint} to a heartbeat"));
         HeartbeatError { error, retry_after: None, is_distrust: true }
     })?;
     if answer.agent_id != heartbeat.agent_id {
         let error = anyhow::anyhow!(
-            "cannot take the answer of {endpoint}: it is for agent {}, this is {}",
+            "cannot accept the answer of {endpoint}: it is for agent {}, but this host is {}",
             answer.agent_id,
             heartbeat.agent_id
         );
@@ -82,9 +82,9 @@ pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Resu
     Ok(HeartbeatAnswer { answer, clock_offset })
 }
 
-/// Seconds by which our clock is ahead of one that said `theirs`, in whole seconds, at some moment between our `asked` and `heard`.
-fn clock_offset(asked: SystemTime, heard: SystemTime, theirs: SystemTime) -> Option<i64> {
-    let ours = asked + heard.duration_since(asked).unwrap_or_default() / 2;
+/// Seconds by which this host's clock is ahead of the peer's, which read `theirs` (whole seconds) between our `sent` and `received`.
+fn clock_offset(sent: SystemTime, received: SystemTime, theirs: SystemTime) -> Option<i64> {
+    let ours = sent + received.duration_since(sent).unwrap_or_default() / 2;
     let theirs = theirs.checked_add(Duration::from_millis(500))?;
     let (ahead, apart) = match ours.duration_since(theirs) {
         Ok(apart) => (1, apart),
@@ -93,7 +93,7 @@ fn clock_offset(asked: SystemTime, heard: SystemTime, theirs: SystemTime) -> Opt
     Some(ahead * i64::try_from((apart + Duration::from_millis(500)).as_secs()).ok()?)
 }
 
-/// The release of `name` that the gateway offers now; `None` where it has none for this os and arch.
+/// Returns the release of `name` that the gateway offers now; `None` if it has none for this os and arch.
 pub fn current_release(
     client: &Client,
     endpoint: &Endpoint,
@@ -101,19 +101,19 @@ pub fn current_release(
     os: Os,
     arch: Arch,
 ) -> Result<Option<Offer>> {
-    let what = || format!("cannot ask {endpoint} for the current release of {name}");
+    let context = || format!("cannot query {endpoint} for the current release of {name}");
     let path = format!("{RELEASES_PATH}/{name}?os={os}&arch={arch}");
-    let reply = client.get(endpoint, &path, &[]).with_context(what)?;
+    let reply = client.get(endpoint, &path, &[]).with_context(context)?;
     match reply.status() {
         200 => {
-            let bytes = reply.bytes(MAX_OFFER_BYTES).with_context(what)?;
+            let bytes = reply.bytes(MAX_OFFER_BYTES).with_context(context)?;
             let offer: Offer =
-                serde_json::from_slice(&bytes).context("the answer is not that of a gateway").with_context(what)?;
-            ensure!(!offer.file.contains(['/', '\\']), "{}: {:?} is not the name of a file", what(), offer.file);
+                serde_json::from_slice(&bytes).context("the answer is not from a gateway").with_context(context)?;
+            ensure!(!offer.file.contains(['/', '\\']), "{}: {:?} is not a file name", context(), offer.file);
             Ok(Some(offer))
         }
         404 => Ok(None),
-        _ => Err(reply.refused().context(what())),
+        _ => Err(reply.into_error().context(context())),
     }
 }
 
@@ -149,20 +149,20 @@ mod tests {
 
     #[test]
     fn a_heartbeat_is_answered() {
-        let server = Server::plain(|asked| {
-            assert_eq!((asked.method.as_str(), asked.path.as_str()), ("POST", "/api/heartbeat"));
-            assert_eq!(asked.headers.get("x-agent-id").map(String::as_str), Some("host-1"));
-            assert_eq!(serde_json::from_slice::<Heartbeat>(&asked.body).unwrap(), heartbeat());
+        let server = Server::plain(|request| {
+            assert_eq!((request.method.as_str(), request.path.as_str()), ("POST", "/api/heartbeat"));
+            assert_eq!(request.headers.get("x-agent-id").map(String::as_str), Some("host-1"));
+            assert_eq!(serde_json::from_slice::<Heartbeat>(&request.body).unwrap(), heartbeat());
             CannedResponse::ok(r#"{"agentId": "host-1", "generation": 7, "later": {"unknown": true}}"#)
         });
         assert_eq!(send(&client(), &server.endpoint(), &heartbeat()).unwrap().answer.generation, 7);
     }
 
     #[test]
-    fn answers_that_cannot_be_for_this_host_are_refused_with_the_reason() {
+    fn invalid_answers_are_rejected_with_the_reason() {
         for (body, word) in [
-            (br#"{"agentId": "host-2"}"#.to_vec(), "it is for agent host-2, this is host-1"),
-            (b"<html>".to_vec(), "cannot read the answer"),
+            (br#"{"agentId": "host-2"}"#.to_vec(), "it is for agent host-2, but this host is host-1"),
+            (b"<html>".to_vec(), "cannot parse the answer"),
             (vec![b' '; (4 << 20) + 1], "more than 4194304 bytes"),
             (format!(r#"{{"agentId": "host-1", "x": [0{}]}}"#, ",0".repeat(50_000)).into(), "more than 50000 values"),
         ] {
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn one_who_shows_another_certificate_is_not_believed() {
+    fn a_server_with_another_certificate_is_not_trusted() {
         let identity = self_signed(&["127.0.0.1"], |_| {});
         let server = Server::tls(&identity, |_| CannedResponse::ok(r#"{"agentId": "host-1"}"#));
         let trusting = |pin| {
@@ -198,8 +198,8 @@ mod tests {
         let refusal = send(&trusting(Fingerprint::of(b"other")), &server.endpoint(), &heartbeat()).unwrap_err();
         assert!(refusal.is_distrust, "{refusal}");
         drop(server);
-        let nobody = format!("https://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
-        let refusal = send(&client(), &nobody.parse().unwrap(), &heartbeat()).unwrap_err();
+        let unused = format!("https://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+        let refusal = send(&client(), &unused.parse().unwrap(), &heartbeat()).unwrap_err();
         assert!(!refusal.is_distrust, "{refusal}");
     }
 
@@ -208,18 +208,18 @@ mod tests {
         let at = |millis: i64| {
             SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_000_u64.saturating_add_signed(millis))
         };
-        for (asked, heard, theirs, expected) in [
+        for (sent, received, theirs, expected) in [
             (0, 20, 0, 0),
-            // Who says 0 may mean anything up to a second later.
+            // A time of 0 seconds may mean up to one second later.
             (900, 990, 0, 0),
             (0, 4_000, 2_000, 0),
             (3_600_000, 3_600_000, 0, 3_600),
             (0, 0, 3_600_000, -3_600),
-            // A clock that was set back in between.
+            // The clock was set back during the exchange.
             (5_000, 0, 0, 5),
         ] {
-            let offset = clock_offset(at(asked), at(heard), at(theirs)).unwrap();
-            assert!((offset - expected).abs() <= 1, "{asked} {heard} {theirs}: {offset}");
+            let offset = clock_offset(at(sent), at(received), at(theirs)).unwrap();
+            assert!((offset - expected).abs() <= 1, "{sent} {received} {theirs}: {offset}");
         }
         let server = Server::plain(|_| CannedResponse {
             headers: vec![("date", "Sun, 06 Nov 1994 08:49:37 GMT".to_owned())],
@@ -232,11 +232,11 @@ mod tests {
     }
 
     #[test]
-    fn the_current_release_is_told_or_there_is_none() {
+    fn the_current_release_is_returned_or_none() {
         let digest = "0".repeat(64);
         let body = format!(r#"{{"version": "2", "file": "demo-2_linux_amd64.zip", "sha256": "{digest}", "size": 5}}"#);
         let evil = body.replace("demo-2", "../demo-2");
-        let server = Server::plain(move |asked| match asked.path.as_str() {
+        let server = Server::plain(move |request| match request.path.as_str() {
             "/api/releases/demo?os=linux&arch=amd64" => CannedResponse::ok(body.clone()),
             "/api/releases/evil?os=linux&arch=amd64" => CannedResponse::ok(evil.clone()),
             "/api/releases/sick?os=linux&arch=amd64" => CannedResponse::status(500),

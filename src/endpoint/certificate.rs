@@ -1,4 +1,4 @@
-//! What is read out of a certificate beside its judgement: its public key, and when it ends.
+//! Reads a certificate's public key and expiry.
 
 use rustls::pki_types::CertificateDer;
 use rustls::server::ParsedCertificate;
@@ -6,13 +6,13 @@ use x509_cert::der::Decode;
 
 use super::Fingerprint;
 
-/// The SHA-256 of the certificate's public key (its SubjectPublicKeyInfo), by which it is pinned; `None` where it cannot be read.
+/// The SHA-256 of the certificate's public key (its SubjectPublicKeyInfo), which is what pins store; `None` if it cannot be parsed.
 pub fn key_of(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
     let parsed = ParsedCertificate::try_from(certificate).ok()?;
     Some(Fingerprint::of(parsed.subject_public_key_info().as_ref()))
 }
 
-/// When the first certificate of a chain ends, seconds since 1970; `None` where none of them can be read.
+/// The earliest expiry in a chain, seconds since 1970; `None` if no certificate can be parsed.
 pub fn end_of(chain: &[CertificateDer<'_>]) -> Option<u64> {
     let end = |certificate: &CertificateDer<'_>| {
         let read = x509_cert::Certificate::from_der(certificate).ok()?;
@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_of_a_chain_is_that_of_its_first_certificate_to_end() {
+    fn a_chain_expires_with_its_first_certificate_to_expire() {
         let of = |year| self_signed(&["a"], |params| params.not_after = rcgen::date_time_ymd(year, 1, 1)).certificate;
         let (sooner, later) = (of(2040), of(2060));
         assert_eq!(end_of(&[later.clone(), sooner]), Some(2_208_988_800));
@@ -36,7 +36,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_the_same_in_another_certificate() {
+    fn certificates_with_the_same_key_have_the_same_key_fingerprint() {
         let key = rcgen::KeyPair::generate().unwrap();
         let of = |name: &str| super::super::testing::self_signed_by(&key, &[name], |_| {}).certificate;
         assert_eq!(key_of(&of("a")), key_of(&of("b")));

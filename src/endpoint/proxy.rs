@@ -1,7 +1,7 @@
-//! Through which proxy a host is reached, if through any: by the operator's settings, else by the environment.
+//! Selects the proxy for a host: from the operator's settings, else from the environment.
 //!
-//! A proxy is asked to connect (HTTP CONNECT) and sees nothing of what is said over TLS. Its user and password are in its address, which
-//! is shown without them wherever it is shown; only the settings file has them whole.
+//! Proxies are used with HTTP CONNECT and see nothing of the TLS content. User and password are part of the proxy's address; all output
+//! omits them, and only the settings file holds them.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,11 +12,11 @@ use ureq::{Proxy, ProxyProtocol};
 
 use super::Endpoint;
 
-/// An address longer than this is refused, and so is a longer list of exceptions.
+/// Longer addresses and longer lists of exceptions are rejected.
 const MAX_ADDRESS_BYTES: usize = 2048;
 const MAX_EXCEPTIONS: usize = 256;
 
-/// The address of a proxy: `http://user:password@host:port`; `https` too, and user and password may be missing.
+/// The address of a proxy: `http://user:password@host:port`, or with `https`; user and password are optional.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ProxyUrl {
     text: String,
@@ -24,7 +24,7 @@ pub struct ProxyUrl {
 }
 
 impl ProxyUrl {
-    /// With user and password: for the settings file, and nobody else.
+    /// The address with user and password, for the settings file only.
     pub fn with_secret(&self) -> &str {
         &self.text
     }
@@ -37,7 +37,7 @@ impl ProxyUrl {
         &self.proxy
     }
 
-    /// Host and port as they stand in the address, where it is spoken to by TLS.
+    /// Host and port as in the address, if the proxy is reached over TLS.
     pub(super) fn tls_authority(&self) -> Option<String> {
         let is_tls = self.proxy.protocol() == ProxyProtocol::Https;
         self.proxy.uri().authority().filter(|_| is_tls).map(ToString::to_string)
@@ -57,13 +57,17 @@ impl fmt::Debug for ProxyUrl {
     }
 }
 
-/// Why a text is not a [`ProxyUrl`]. It does not show the text, in which there may be a password.
+/// Why a text is not a [`ProxyUrl`]. It omits the text, which may contain a password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadProxy(&'static str);
 
 impl fmt::Display for BadProxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; it looks like http://proxy.example:3128, or http://user:password@proxy.example:3128", self.0)
+        write!(
+            f,
+            "{}; expected an address such as http://proxy.example:3128, or http://user:password@proxy.example:3128",
+            self.0
+        )
     }
 }
 
@@ -79,37 +83,37 @@ impl FromStr for ProxyUrl {
             || text.len() > MAX_ADDRESS_BYTES
             || text.chars().any(|c| c.is_control() || c.is_whitespace())
         {
-            return Err(BadProxy("it is no address"));
+            return Err(BadProxy("it is not a valid address"));
         }
         let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
         let scheme = with_scheme.split("://").next().unwrap_or_default();
         if !["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known)) {
             return Err(BadProxy("only http:// and https:// proxies are supported"));
         }
-        let proxy = Proxy::new(&with_scheme).map_err(|_| BadProxy("it is no address"))?;
+        let proxy = Proxy::new(&with_scheme).map_err(|_| BadProxy("it is not a valid address"))?;
         if proxy.host().is_empty() {
-            return Err(BadProxy("it names no host"));
+            return Err(BadProxy("the host is missing"));
         }
         Ok(ProxyUrl { text: with_scheme, proxy })
     }
 }
 
-/// What is reached without a proxy.
+/// A host that is reached without a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exception {
     /// `*`
     All,
-    /// `gateway.example`: the host, and whatever lies below its name; with a port, that port alone.
+    /// `gateway.example`: the host and its subdomains; with a port, that port alone.
     Host { name: String, port: Option<u16> },
-    /// `.example` or `*.example`: what lies below that name.
+    /// `.example` or `*.example`: the subdomains only.
     Below { name: String, port: Option<u16> },
-    /// `10.0.0.0/8`, `10.1.2.3`, `fd00::/8`: addresses given as such; names are not looked up for it.
+    /// `10.0.0.0/8`, `10.1.2.3`, `fd00::/8`: literal IP addresses; names are not resolved.
     Network { address: IpAddr, bits: u32, port: Option<u16> },
 }
 
 impl Exception {
     fn covers(&self, endpoint: &Endpoint) -> bool {
-        let host = bare(endpoint.host());
+        let host = without_brackets(endpoint.host());
         let same_port = |port: &Option<u16>| port.is_none_or(|port| port == endpoint.port());
         match self {
             Exception::All => true,
@@ -122,7 +126,7 @@ impl Exception {
     }
 }
 
-fn bare(host: &str) -> &str {
+fn without_brackets(host: &str) -> &str {
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 
@@ -151,11 +155,11 @@ impl FromStr for Exception {
         if text == "*" {
             return Ok(Exception::All);
         }
-        if let Ok(address) = bare(&text).parse::<IpAddr>() {
+        if let Ok(address) = without_brackets(&text).parse::<IpAddr>() {
             return Ok(Exception::Network { address, bits: width(address), port: None });
         }
         if let Some((address, bits)) = text.split_once('/') {
-            let address: IpAddr = bare(address).parse().map_err(|_| BadException)?;
+            let address: IpAddr = without_brackets(address).parse().map_err(|_| BadException)?;
             let bits = bits.parse().ok().filter(|bits| *bits <= width(address)).ok_or(BadException)?;
             return Ok(Exception::Network { address, bits, port: None });
         }
@@ -163,7 +167,7 @@ impl FromStr for Exception {
             Some((host, port)) => (host, Some(port.parse().map_err(|_| BadException)?)),
             None => (text.as_str(), None),
         };
-        if let Ok(address) = bare(host).parse::<IpAddr>() {
+        if let Ok(address) = without_brackets(host).parse::<IpAddr>() {
             return Ok(Exception::Network { address, bits: width(address), port });
         }
         let below = host.strip_prefix('*').unwrap_or(host);
@@ -208,7 +212,7 @@ impl fmt::Display for Exception {
     }
 }
 
-/// Which proxy is for what.
+/// The proxies for each scheme, and the exceptions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Proxies {
     https: Option<ConfiguredProxy>,
@@ -216,36 +220,36 @@ pub struct Proxies {
     except: Vec<Exception>,
 }
 
-/// A proxy, and where it was named.
+/// A proxy, and where it was configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ConfiguredProxy {
-    by: String,
+    source: String,
     proxy: Result<ProxyUrl, BadProxy>,
 }
 
 impl Proxies {
-    /// One for everything, as the settings name it.
-    pub fn chosen(proxy: &ProxyUrl, except: &[Exception]) -> Proxies {
-        let named = ConfiguredProxy { by: "the settings (proxy)".to_owned(), proxy: Ok(proxy.clone()) };
+    /// One proxy for both schemes, from the settings.
+    pub fn from_settings(proxy: &ProxyUrl, except: &[Exception]) -> Proxies {
+        let named = ConfiguredProxy { source: "the settings (proxy)".to_owned(), proxy: Ok(proxy.clone()) };
         Proxies { https: Some(named.clone()), http: Some(named), except: except.to_vec() }
     }
 
-    /// As the environment names them, in lower or upper case: `https_proxy`, `http_proxy`, `all_proxy`; what `no_proxy` lists goes without.
-    pub fn of_environment(variable: impl Fn(&str) -> Option<String>) -> Proxies {
+    /// From the environment, in lower or upper case: `https_proxy`, `http_proxy`, `all_proxy`, with the exceptions in `no_proxy`.
+    pub fn from_environment(variable: impl Fn(&str) -> Option<String>) -> Proxies {
         let value = |name: &str| {
             let names = [name.to_owned(), name.to_ascii_uppercase()];
             names.into_iter().find_map(|name| Some((variable(&name).filter(|text| !text.trim().is_empty())?, name)))
         };
         let named = |name: &str| {
-            let (text, by) = value(name).or_else(|| value("all_proxy"))?;
-            Some(ConfiguredProxy { by, proxy: text.parse() })
+            let (text, source) = value(name).or_else(|| value("all_proxy"))?;
+            Some(ConfiguredProxy { source, proxy: text.parse() })
         };
         let listed = value("no_proxy").map(|(text, _)| text).unwrap_or_default();
         let except = listed.split([',', ' ']).filter_map(|item| item.parse().ok()).take(MAX_EXCEPTIONS).collect();
         Proxies { https: named("https_proxy"), http: named("http_proxy"), except }
     }
 
-    /// As they are, but for what goes without.
+    /// The same proxies with different exceptions.
     pub fn with_exceptions(self, except: &[Exception]) -> Proxies {
         Proxies { except: except.to_vec(), ..self }
     }
@@ -254,7 +258,7 @@ impl Proxies {
         &self.except
     }
 
-    /// The proxy through which an endpoint is spoken to: none towards this very machine.
+    /// The proxy for an endpoint; none for this host itself.
     pub fn of(&self, endpoint: &Endpoint) -> Result<Option<&ProxyUrl>> {
         if endpoint.is_loopback() || self.except.iter().any(|exception| exception.covers(endpoint)) {
             return Ok(None);
@@ -263,14 +267,14 @@ impl Proxies {
         match named {
             None => Ok(None),
             Some(ConfiguredProxy { proxy: Ok(proxy), .. }) => Ok(Some(proxy)),
-            Some(ConfiguredProxy { proxy: Err(why), by }) => bail!(
-                "cannot use the proxy that {by} names: {why}; mend it, or list {} in noProxy (in the environment NO_PROXY)",
+            Some(ConfiguredProxy { proxy: Err(why), source }) => bail!(
+                "cannot use the proxy in {source}: {why}; fix the address, or list {} in noProxy (in the environment NO_PROXY)",
                 endpoint.host()
             ),
         }
     }
 
-    /// Host and port of those that are spoken to by TLS.
+    /// Host and port of the proxies that are reached over TLS.
     pub(super) fn tls_authorities(&self) -> Vec<String> {
         let proxies = [&self.https, &self.http].into_iter().flatten().filter_map(|named| named.proxy.as_ref().ok());
         proxies.filter_map(ProxyUrl::tls_authority).collect()
@@ -282,7 +286,7 @@ mod tests {
     use super::*;
 
     fn environment(pairs: &[(&str, &str)]) -> Proxies {
-        Proxies::of_environment(|name| {
+        Proxies::from_environment(|name| {
             pairs.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
         })
     }
@@ -292,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_is_shown_without_its_password_and_kept_with_it() {
+    fn a_proxy_is_shown_without_its_password() {
         for (text, shown) in [
             ("http://user:secret@proxy.example:3128", "http://proxy.example:3128"),
             ("https://user:secret@proxy.example/", "https://proxy.example:443"),
@@ -301,7 +305,7 @@ mod tests {
             let proxy: ProxyUrl = text.parse().unwrap();
             assert!(proxy.with_secret().contains("user:secret@") && proxy.has_secret(), "{text}");
             assert_eq!(proxy.to_string(), shown);
-            let debugged = format!("{proxy:?} {:?}", Proxies::chosen(&proxy, &[]));
+            let debugged = format!("{proxy:?} {:?}", Proxies::from_settings(&proxy, &[]));
             assert!(!debugged.contains("secret"), "{debugged}");
         }
         assert!(!"http://proxy.example:3128".parse::<ProxyUrl>().unwrap().has_secret());
@@ -312,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn exceptions_are_what_people_write_and_are_shown_as_they_are_read() {
+    fn exceptions_are_parsed_in_their_usual_spellings_and_shown_in_the_same_form() {
         for (text, covered, others) in [
             ("*", &["https://a.example", "https://10.1.2.3"][..], &[][..]),
             (
@@ -355,7 +359,7 @@ mod tests {
             assert_eq!(through(&both, without), None, "{without}");
         }
         assert_eq!(through(&environment(&[("ALL_PROXY", "http://a:1")]), "https://x").as_deref(), Some("http://a:1"));
-        // That of the one scheme is not for the other, and what is empty is not there.
+        // A proxy for one scheme is not used for the other, and an empty variable counts as unset.
         assert_eq!(through(&environment(&[("http_proxy", "http://a:1"), ("https_proxy", "")]), "https://x"), None);
         let socks = environment(&[("all_proxy", "socks5://u:secret@h:1")]);
         let error = socks.of(&"https://x".parse().unwrap()).unwrap_err().to_string();

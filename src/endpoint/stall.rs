@@ -1,7 +1,7 @@
-//! A connection that must keep a pace: one that drips is given up like one that says nothing. And how many were made, which tells a new
-//! connection from one that was kept.
+//! Aborts connections that transfer too slowly, and counts new connections, to tell them from reused ones.
 //!
-//! It is judged below TLS, where bytes are seen as they come: one who sends a TLS record byte by byte shows nothing above it for hours.
+//! The rate is measured below TLS, where each byte is seen on arrival: a peer that sends a TLS record byte by byte shows no data above it
+//! for hours.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,22 +13,22 @@ use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTi
 use crate::core::throughput::MinimumRate;
 use crate::core::units::Span;
 
-/// Fewer bytes a second than this are as good as none: 20 MB would take five hours.
+/// The minimum rate in bytes per second: at a lower one 20 MB would take five hours.
 pub(super) const LEAST_PER_SECOND: u64 = 1 << 10;
 
-/// Puts every connection under the watch.
+/// Wraps every connection in a [`StallTransport`].
 #[derive(Debug)]
 pub(super) struct StallConnector {
     pub(super) window: Duration,
-    /// Counts the connections that were begun.
-    pub(super) made: Arc<AtomicU64>,
+    /// Number of connections started.
+    pub(super) connections: Arc<AtomicU64>,
 }
 
 impl<In: Transport> Connector<In> for StallConnector {
     type Out = StallTransport<In>;
 
     fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, ureq::Error> {
-        self.made.fetch_add(1, Ordering::SeqCst);
+        self.connections.fetch_add(1, Ordering::SeqCst);
         let paced = |inner| StallTransport {
             inner,
             pace: MinimumRate::new(self.window, LEAST_PER_SECOND),
@@ -58,9 +58,9 @@ impl<In: Transport> Transport for StallTransport<In> {
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
         let before = self.inner.buffers().input().len();
         let progress = self.inner.await_input(timeout)?;
-        let came = self.inner.buffers().input().len().saturating_sub(before) as u64;
-        // The end of a stream is no slowness.
-        if progress && !self.pace.is_fast_enough(came, Instant::now()) {
+        let received = self.inner.buffers().input().len().saturating_sub(before) as u64;
+        // The end of the stream is not a stall.
+        if progress && !self.pace.is_fast_enough(received, Instant::now()) {
             return Err(ureq::Error::Other(Box::new(TooSlow { window: self.window })));
         }
         Ok(progress)
@@ -75,7 +75,7 @@ impl<In: Transport> Transport for StallTransport<In> {
     }
 }
 
-/// Too few bytes came for too long.
+/// The minimum rate was not reached for the whole window.
 #[derive(Debug)]
 pub(super) struct TooSlow {
     pub(super) window: Duration,
@@ -83,7 +83,7 @@ pub(super) struct TooSlow {
 
 impl fmt::Display for TooSlow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "less than 1 KiB a second came for {}", Span(self.window))
+        write!(f, "less than 1 KiB/s was received for {}", Span(self.window))
     }
 }
 

@@ -1,4 +1,4 @@
-//! A small HTTP server on loopback for tests, over TLS or not, that breaks connections on demand.
+//! An HTTP server on loopback for tests, with or without TLS, that breaks connections on demand.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,7 +16,7 @@ use super::Endpoint;
 
 pub struct ReceivedRequest {
     pub method: String,
-    /// With the query.
+    /// Path with query.
     pub path: String,
     /// Names in lower case.
     pub headers: BTreeMap<String, String>,
@@ -28,11 +28,11 @@ pub struct CannedResponse {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
-    /// Sends so many bytes of the body and breaks the connection.
+    /// Closes the connection after this many bytes of the body.
     pub cut_after: Option<usize>,
-    /// Sends so many bytes of the body at once, and each one after them by itself, with a pause before it.
+    /// Sends this many bytes of the body at once, then single bytes with a pause before each.
     pub drip: Option<(usize, std::time::Duration)>,
-    /// Does not say how long the body is: it ends with the connection.
+    /// Sends no content-length; the body ends with the connection.
     pub no_length: bool,
 }
 
@@ -46,7 +46,7 @@ impl CannedResponse {
     }
 }
 
-/// A certificate and its key, as a server shows them.
+/// A server's certificate and private key.
 pub struct TestIdentity {
     pub certificate: CertificateDer<'static>,
     pub key: Vec<u8>,
@@ -64,7 +64,7 @@ pub fn self_signed_by(key: &KeyPair, names: &[&str], change: impl FnOnce(&mut Ce
     TestIdentity { certificate: certificate.der().clone(), key: key.serialize_der(), pem: certificate.pem() }
 }
 
-/// An authority's PEM, and a certificate that it has issued.
+/// The PEM of an authority, and a certificate that it has issued.
 pub fn issued(names: &[&str]) -> (String, TestIdentity) {
     let (authority_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
     let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -96,7 +96,7 @@ impl Server {
         Server::tls_at("127.0.0.1:0".parse().unwrap(), identity, answer)
     }
 
-    /// Shows the certificate whether or not the key belongs to it.
+    /// Presents the certificate even if the key does not belong to it.
     pub fn tls_with_resolver(
         identity: &TestIdentity,
         answer: impl Fn(&ReceivedRequest) -> CannedResponse + Send + Sync + 'static,
@@ -184,19 +184,19 @@ impl Drop for Server {
 
 fn serve(stream: impl Read + Write, answer: &dyn Fn(&ReceivedRequest) -> CannedResponse) {
     let mut stream = BufReader::new(stream);
-    while let Some(asked) = read(&mut stream) {
-        let told = answer(&asked);
-        let mut head = match told.no_length {
-            true => format!("HTTP/1.1 {} Told\r\nconnection: close\r\n", told.status),
-            false => format!("HTTP/1.1 {} Told\r\ncontent-length: {}\r\n", told.status, told.body.len()),
+    while let Some(request) = read(&mut stream) {
+        let response = answer(&request);
+        let mut head = match response.no_length {
+            true => format!("HTTP/1.1 {} Status\r\nconnection: close\r\n", response.status),
+            false => format!("HTTP/1.1 {} Status\r\ncontent-length: {}\r\n", response.status, response.body.len()),
         };
-        for (name, value) in &told.headers {
+        for (name, value) in &response.headers {
             head += &format!("{name}: {value}\r\n");
         }
-        let sent = &told.body[..told.cut_after.unwrap_or(told.body.len())];
+        let sent = &response.body[..response.cut_after.unwrap_or(response.body.len())];
         let stream = stream.get_mut();
         let written = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(b"\r\n"));
-        if let Some((at_once, pause)) = told.drip {
+        if let Some((at_once, pause)) = response.drip {
             let (first, rest) = sent.split_at(at_once);
             let mut dripped = written.and_then(|()| stream.write_all(first));
             for byte in rest.chunks(1) {
@@ -211,7 +211,7 @@ fn serve(stream: impl Read + Write, answer: &dyn Fn(&ReceivedRequest) -> CannedR
         if written.and_then(|()| stream.write_all(sent)).and_then(|()| stream.flush()).is_err() {
             return;
         }
-        if told.cut_after.is_some() || told.no_length {
+        if response.cut_after.is_some() || response.no_length {
             return;
         }
     }

@@ -1,4 +1,4 @@
-//! Facts about trust: whom a client believes, and what it says when it does not, against servers made in the test.
+//! Tests of certificate verification, proxies, redirects and timeouts, against local servers.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -18,7 +18,7 @@ fn client(trust: &Trust) -> Client {
     Client::new(trust, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
 }
 
-fn serves(identity: &TestIdentity) -> Server {
+fn server_with(identity: &TestIdentity) -> Server {
     Server::tls(identity, |_| CannedResponse::ok("hello"))
 }
 
@@ -27,8 +27,7 @@ fn got(trust: &Trust, endpoint: &Endpoint) -> Result<String, String> {
     Ok(String::from_utf8(reply.bytes(100).unwrap()).unwrap())
 }
 
-/// The file lives as long as the directory that comes with it.
-/// Without a file of what was learned.
+/// Pins without recorded keys.
 fn pinned(pins: Vec<Fingerprint>) -> Trust {
     Trust::Pin { pins, learned: PathBuf::from("/nonexistent/gateway-keys.json") }
 }
@@ -40,7 +39,7 @@ fn ca_file(pem: &str) -> (tempfile::TempDir, Trust) {
     (directory, Trust::CaFile(path))
 }
 
-fn refused(trust: &Trust, endpoint: &Endpoint, parts: &[&str]) {
+fn assert_rejected(trust: &Trust, endpoint: &Endpoint, parts: &[&str]) {
     let error = got(trust, endpoint).unwrap_err();
     for part in parts {
         assert!(error.contains(part), "{part:?} is not in {error:?}");
@@ -48,7 +47,7 @@ fn refused(trust: &Trust, endpoint: &Endpoint, parts: &[&str]) {
 }
 
 #[test]
-fn endpoints_read_as_people_write_them() {
+fn endpoints_are_parsed_in_their_usual_spellings() {
     for (text, shown, origin) in [
         ("https://127.0.0.1:8888", "https://127.0.0.1:8888", "https://127.0.0.1:8888"),
         ("https://Gateway.Example/", "https://gateway.example", "https://gateway.example:443"),
@@ -86,7 +85,7 @@ fn endpoints_read_as_people_write_them() {
 }
 
 #[test]
-fn this_machine_is_known_as_such() {
+fn loopback_addresses_are_recognized() {
     for (text, loopback) in [
         ("http://localhost", true),
         ("http://127.3.2.1:1", true),
@@ -100,7 +99,7 @@ fn this_machine_is_known_as_such() {
 }
 
 #[test]
-fn fingerprints_read_as_openssl_prints_them() {
+fn fingerprints_are_parsed_as_openssl_prints_them() {
     let fingerprint = Fingerprint::of(b"x");
     let hex = fingerprint.to_string().strip_prefix("sha256:").unwrap().to_owned();
     let upper = hex.to_uppercase();
@@ -115,9 +114,9 @@ fn fingerprints_read_as_openssl_prints_them() {
 }
 
 #[test]
-fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
+fn a_pin_of_a_certificate_or_its_key_ignores_names_and_dates() {
     let identity = self_signed(&["elsewhere.example"], |params| params.not_after = date_time_ymd(2001, 1, 1));
-    let server = serves(&identity);
+    let server = server_with(&identity);
     let certificate = Fingerprint::of(&identity.certificate);
     let key = KeyPair::try_from(identity.key.as_slice()).unwrap();
     let key = Fingerprint::of(&SubjectPublicKeyInfoDer::from_pem_slice(key.public_key_pem().as_bytes()).unwrap());
@@ -125,18 +124,18 @@ fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
         assert_eq!(got(&pinned(vec![Fingerprint::of(b"other"), pin]), &server.endpoint()).as_deref(), Ok("hello"));
     }
     let advice = format!("--pin {key}");
-    refused(&pinned(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["none of those pinned", &advice]);
+    assert_rejected(&pinned(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["matches no pin", &advice]);
 }
 
 #[test]
-fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
+fn the_key_of_the_first_contact_is_pinned_and_another_key_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
     expect_first_contact(&pins).unwrap();
     let trust = Trust::FirstContact { pins: pins.clone() };
     let (one, other) = (self_signed(&["localhost"], |_| {}), self_signed(&["localhost"], |_| {}));
 
-    let server = serves(&one);
+    let server = server_with(&one);
     let (address, endpoint) = (server.address(), server.endpoint());
     let first = client(&trust);
     assert_eq!(first.get(&endpoint, "/", &[]).unwrap().status(), 200);
@@ -152,66 +151,70 @@ fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
     let _changed = Server::tls_at(address, &other, |_| CannedResponse::ok("hello"));
     let new = format!("--pin {}", key_of(&other.certificate).unwrap());
     let old = key_of(&one.certificate).unwrap().to_string();
-    refused(&trust, &endpoint, &["since the first contact", &old, &new, "--fresh", "operator"]);
+    assert_rejected(&trust, &endpoint, &["since the first contact", &old, &new, "--fresh", "operator"]);
     assert_eq!(std::fs::read_to_string(&pins).unwrap(), recorded);
 }
 
 #[test]
-fn a_renewed_certificate_is_the_same_gateway_and_an_announced_key_too_but_no_other() {
+fn a_renewed_certificate_and_an_announced_key_are_accepted_but_no_other() {
     let directory = tempfile::tempdir().unwrap();
     let (pins, learned) = (directory.path().join("pins.json"), directory.path().join("keys.json"));
     expect_first_contact(&pins).unwrap();
     let keys = [(); 3].map(|()| KeyPair::generate().unwrap());
-    let shows = |key: &KeyPair| self_signed_by(key, &["localhost"], |_| {});
-    let first = shows(&keys[0]);
+    let identity_with = |key: &KeyPair| self_signed_by(key, &["localhost"], |_| {});
+    let first = identity_with(&keys[0]);
     let by_certificate = Trust::Pin { pins: vec![Fingerprint::of(&first.certificate)], learned };
     for trust in [Trust::FirstContact { pins }, by_certificate] {
-        let server = serves(&first);
+        let server = server_with(&first);
         let (address, endpoint) = (server.address(), server.endpoint());
-        let asked = client(&trust);
-        assert_eq!(asked.get(&endpoint, "/", &[]).unwrap().status(), 200);
-        let announced = [&keys[0], &keys[1]].map(|key| key_of(&shows(key).certificate).unwrap().to_string());
-        asked.learn(&endpoint, &[announced[1].clone(), "what".to_owned()]).unwrap();
-        let report = asked.trust_report(&endpoint);
+        let connected = client(&trust);
+        assert_eq!(connected.get(&endpoint, "/", &[]).unwrap().status(), 200);
+        let announced = [&keys[0], &keys[1]].map(|key| key_of(&identity_with(key).certificate).unwrap().to_string());
+        connected.learn(&endpoint, &[announced[1].clone(), "what".to_owned()]).unwrap();
+        let report = connected.trust_report(&endpoint);
         assert!(report.is_pinned() && announced.iter().all(|pin| report.accepts(pin)), "{report:?}");
-        drop((server, asked));
-        // Renewed with the same key; then the key that was announced, and at last one that was not.
+        drop((server, connected));
+        // The certificate is renewed with the same key; then with an unannounced key, the announced one, and the old one.
         for (key, is_accepted) in [(&keys[0], true), (&keys[2], false), (&keys[1], true), (&keys[0], false)] {
-            let _server = Server::tls_at(address, &shows(key), |_| CannedResponse::ok("hello"));
-            let asked = client(&trust);
-            let got = asked.get(&endpoint, "/", &[]);
+            let _server = Server::tls_at(address, &identity_with(key), |_| CannedResponse::ok("hello"));
+            let connected = client(&trust);
+            let got = connected.get(&endpoint, "/", &[]);
             assert_eq!(got.is_ok(), is_accepted, "{trust:?} {got:?}");
             if got.is_ok() && std::ptr::eq(key, &keys[1]) {
-                // From now on the old one is not announced any more.
-                asked.learn(&endpoint, &[announced[1].clone()]).unwrap();
+                // The old key is no longer announced.
+                connected.learn(&endpoint, &[announced[1].clone()]).unwrap();
             }
         }
     }
 }
 
 #[test]
-fn whoever_answers_is_no_first_contact_where_the_pins_are_lost() {
+fn a_lost_pin_file_allows_no_first_contact() {
     let identity = self_signed(&["localhost"], |_| {});
-    let server = serves(&identity);
+    let server = server_with(&identity);
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
     let trust = Trust::FirstContact { pins: pins.clone() };
     let pin = format!("--pin {}", key_of(&identity.certificate).unwrap());
-    refused(&trust, &server.endpoint(), &["pins.json is missing", "backup", &pin, "write {} into that file"]);
+    assert_rejected(&trust, &server.endpoint(), &["pins.json is missing", "backup", &pin, "write {} into that file"]);
     assert!(!pins.exists());
     std::fs::write(&pins, "{}").unwrap();
     assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
 }
 
 #[test]
-fn what_an_authority_in_the_file_has_issued_is_accepted() {
+fn a_certificate_issued_by_an_authority_in_the_file_is_accepted() {
     let (pem, identity) = issued(&["localhost", "127.0.0.1"]);
     let (_directory, trust) = ca_file(&pem);
-    let server = serves(&identity);
+    let server = server_with(&identity);
     assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
     assert_eq!(got(&trust, &server.endpoint_by("localhost")).as_deref(), Ok("hello"));
     let (_directory, other) = ca_file(&self_signed(&["127.0.0.1"], |_| {}).pem);
-    refused(&other, &server.endpoint(), &["nobody that this host trusts", "--ca-cert FILE", "--pin sha256:"]);
+    assert_rejected(
+        &other,
+        &server.endpoint(),
+        &["not issued by an authority that this host trusts", "--ca-cert FILE", "--pin sha256:"],
+    );
 }
 
 #[test]
@@ -222,11 +225,11 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
     for change in changes {
         let identity = self_signed(&["127.0.0.1", "gw.example"], change);
         let (_directory, trust) = ca_file(&identity.pem);
-        let server = serves(&identity);
+        let server = server_with(&identity);
         assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
-        refused(&trust, &server.endpoint_by("localhost"), &["it is for 127.0.0.1, gw.example;"]);
+        assert_rejected(&trust, &server.endpoint_by("localhost"), &["it is only valid for 127.0.0.1, gw.example;"]);
     }
-    // The same key, marked as an authority, yet not the certificate that was given.
+    // The same key marked as an authority, in a different certificate.
     let key = KeyPair::generate().unwrap();
     let (given, shown) = (
         self_signed_by(&key, &["127.0.0.1"], authority),
@@ -236,11 +239,11 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
         }),
     );
     let (_directory, trust) = ca_file(&given.pem);
-    refused(&trust, &serves(&shown).endpoint(), &["nobody that this host trusts"]);
+    assert_rejected(&trust, &server_with(&shown).endpoint(), &["not issued by an authority that this host trusts"]);
 }
 
 #[test]
-fn dates_and_names_count_for_a_certificate_in_the_file() {
+fn dates_and_names_of_a_certificate_in_the_file_are_checked() {
     let authority = |params: &mut rcgen::CertificateParams| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let expired = self_signed(&["127.0.0.1"], |params| {
         authority(params);
@@ -251,33 +254,33 @@ fn dates_and_names_count_for_a_certificate_in_the_file() {
         params.not_before = date_time_ymd(4000, 1, 1);
     });
     let nameless = self_signed(&[], authority);
-    // To the hour, unless it changes just now: the year will do.
+    // The year is exact enough.
     let clock = format!("this host's clock says {}", &jiff::Timestamp::now().to_string()[..4]);
     for (identity, parts) in [
-        (&expired, vec!["it has expired on 2001-01-01T00:00:00Z", &clock, "renewed"]),
-        (&future, vec!["not valid yet, but from 4000-01-01T00:00:00Z on", &clock, "set the clock"]),
-        (&nameless, vec!["names no host", "subjectAltName"]),
+        (&expired, vec!["it expired on 2001-01-01T00:00:00Z", &clock, "renew the gateway's certificate"]),
+        (&future, vec!["not valid yet, only from 4000-01-01T00:00:00Z on", &clock, "set the clock"]),
+        (&nameless, vec!["contains no host name", "subjectAltName"]),
     ] {
         let (_directory, trust) = ca_file(&identity.pem);
-        refused(&trust, &serves(identity).endpoint(), &parts);
+        assert_rejected(&trust, &server_with(identity).endpoint(), &parts);
     }
 }
 
 #[test]
-fn the_systems_trust_refuses_a_private_certificate_and_says_what_to_do() {
+fn system_trust_rejects_a_private_certificate_with_a_remedy() {
     for ca in [IsCa::NoCa, IsCa::Ca(BasicConstraints::Unconstrained)] {
         let identity = self_signed(&["127.0.0.1"], |params| params.is_ca = ca);
         let pin = format!("--pin {}", key_of(&identity.certificate).unwrap());
-        refused(
+        assert_rejected(
             &Trust::System,
-            &serves(&identity).endpoint(),
-            &["nobody that this host trusts", "--ca-cert FILE", &pin],
+            &server_with(&identity).endpoint(),
+            &["not issued by an authority that this host trusts", "--ca-cert FILE", &pin],
         );
     }
 }
 
 #[test]
-fn files_that_hold_no_certificate_are_refused_by_name() {
+fn the_error_for_a_file_without_certificates_names_it() {
     for content in ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"] {
         let (_directory, trust) = ca_file(content);
         let error = format!("{:#}", Client::new(&trust, None, Timeouts::exchange()).unwrap_err());
@@ -288,7 +291,7 @@ fn files_that_hold_no_certificate_are_refused_by_name() {
 }
 
 #[test]
-fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
+fn a_server_without_the_certificates_key_is_rejected() {
     let (honest, thief) = (self_signed(&["127.0.0.1"], |_| {}), self_signed(&["127.0.0.1"], |_| {}));
     let stolen = TestIdentity { certificate: honest.certificate.clone(), key: thief.key, pem: honest.pem.clone() };
     let directory = tempfile::tempdir().unwrap();
@@ -303,16 +306,16 @@ fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
 }
 
 #[test]
-fn plain_http_needs_insecure_and_insecure_takes_anything() {
+fn plain_http_needs_insecure_and_insecure_accepts_any_certificate() {
     let plain = Server::plain(|_| CannedResponse::ok("plain"));
-    refused(&Trust::System, &plain.endpoint(), &["plain http", "--insecure"]);
+    assert_rejected(&Trust::System, &plain.endpoint(), &["plain http", "--insecure"]);
     assert_eq!(got(&Trust::Insecure, &plain.endpoint()).as_deref(), Ok("plain"));
-    let server = serves(&self_signed(&["elsewhere"], |params| params.not_after = date_time_ymd(2001, 1, 1)));
+    let server = server_with(&self_signed(&["elsewhere"], |params| params.not_after = date_time_ymd(2001, 1, 1)));
     assert_eq!(got(&Trust::Insecure, &server.endpoint()).as_deref(), Ok("hello"));
 }
 
 #[test]
-fn speaking_to_the_wrong_kind_of_server_is_told_plainly() {
+fn the_error_for_a_server_without_tls_says_so() {
     for answer in ["HTTP/1.1 400 Bad Request\r\n\r\n", ""] {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("https://{}", listener.local_addr().unwrap()).parse().unwrap();
@@ -323,31 +326,35 @@ fn speaking_to_the_wrong_kind_of_server_is_told_plainly() {
             stream.shutdown(std::net::Shutdown::Write).unwrap();
             let _ = stream.read_to_end(&mut Vec::new());
         });
-        refused(&Trust::Insecure, &endpoint, &["is it an http:// endpoint?"]);
+        assert_rejected(&Trust::Insecure, &endpoint, &["is it an http:// endpoint?"]);
         server.join().unwrap();
     }
-    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
-    refused(&Trust::Insecure, &format!("https://{nobody}").parse().unwrap(), &["refused", "is the gateway running"]);
+    let unused = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    assert_rejected(
+        &Trust::Insecure,
+        &format!("https://{unused}").parse().unwrap(),
+        &["refused", "is the gateway running"],
+    );
 }
 
 #[test]
-fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
+fn the_agent_id_is_sent_to_endpoints_only_and_a_connection_is_reused() {
     let seen = Arc::new(Mutex::new(Vec::new()));
-    let notes = Arc::clone(&seen);
+    let recorder = Arc::clone(&seen);
     let identity = self_signed(&["127.0.0.1"], |_| {});
-    let server = Server::tls(&identity, move |asked: &ReceivedRequest| {
-        notes.lock().unwrap().push((
-            asked.method.clone(),
-            asked.path.clone(),
-            asked.headers.get("x-agent-id").cloned(),
+    let server = Server::tls(&identity, move |request: &ReceivedRequest| {
+        recorder.lock().unwrap().push((
+            request.method.clone(),
+            request.path.clone(),
+            request.headers.get("x-agent-id").cloned(),
         ));
-        CannedResponse::ok(asked.body.clone())
+        CannedResponse::ok(request.body.clone())
     });
     let client = client(&pinned(vec![Fingerprint::of(&identity.certificate)]));
     let endpoint: Endpoint = format!("{}/base", server.endpoint()).parse().unwrap();
     client.get(&endpoint, "/a?b=c", &[]).unwrap().bytes(10).unwrap();
     client
-        .download(&endpoint, "/d", &[], Requester::Nobody, std::time::Duration::from_secs(60))
+        .download(&endpoint, "/d", &[], Requester::Anonymous, std::time::Duration::from_secs(60))
         .unwrap()
         .bytes(10)
         .unwrap();
@@ -360,18 +367,18 @@ fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
 }
 
 #[test]
-fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
+fn a_proxy_is_used_with_connect_but_never_for_this_host() {
     let identity = self_signed(&["gateway.example"], |_| {});
-    let server = serves(&identity);
+    let server = server_with(&identity);
     let (listener, target) = (std::net::TcpListener::bind("127.0.0.1:0").unwrap(), server.address());
     let address = listener.local_addr().unwrap();
     let proxy = std::thread::spawn(move || {
         let (mut client, _) = listener.accept().unwrap();
-        let mut asked = Vec::new();
-        while !asked.ends_with(b"\r\n\r\n") {
+        let mut received = Vec::new();
+        while !received.ends_with(b"\r\n\r\n") {
             let mut byte = [0];
             client.read_exact(&mut byte).unwrap();
-            asked.push(byte[0]);
+            received.push(byte[0]);
         }
         client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
         let server = std::net::TcpStream::connect(target).unwrap();
@@ -383,12 +390,12 @@ fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
         let _ = std::io::copy(&mut &server, &mut client);
         let _ = client.shutdown(std::net::Shutdown::Both);
         upward.join().unwrap();
-        String::from_utf8(asked).unwrap()
+        String::from_utf8(received).unwrap()
     });
     let (_directory, trust) = ca_file(&identity.pem);
     let through = |url: &str| {
-        Client::through(
-            &Proxies::of_environment(|name| (name == "ALL_PROXY").then(|| url.to_owned())),
+        Client::with_proxies(
+            &Proxies::from_environment(|name| (name == "ALL_PROXY").then(|| url.to_owned())),
             &trust,
             None,
             Timeouts::exchange(),
@@ -399,25 +406,25 @@ fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
     let endpoint = format!("https://gateway.example:{}", target.port()).parse().unwrap();
     assert_eq!(client.get(&endpoint, "/", &[]).unwrap().bytes(10).unwrap(), b"hello");
     drop(client);
-    let asked = proxy.join().unwrap();
-    assert!(asked.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{asked}");
-    assert!(asked.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="), "{asked}");
+    let received = proxy.join().unwrap();
+    assert!(received.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{received}");
+    assert!(received.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="), "{received}");
 
-    // Nobody is there any more: it is the proxy that is named, without its password.
+    // The proxy is gone: the error names it, without its password.
     let client = through(&url).unwrap();
     let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
     assert!(error.contains(&format!("through the proxy http://{address}")) && !error.contains("secret"), "{error}");
     assert!(!format!("{client:?}").contains("secret"), "{client:?}");
     let client = through(&url).unwrap();
     let error = format!("{:#}", client.get(&server.endpoint(), "/", &[]).unwrap_err());
-    assert!(error.contains("it is for gateway.example"), "{error}");
+    assert!(error.contains("it is only valid for gateway.example"), "{error}");
     let client = through("socks5://127.0.0.1:1").unwrap();
     let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
     assert!(error.contains("only http:// and https:// proxies"), "{error}");
 }
 
 #[test]
-fn a_password_in_an_address_is_refused_and_not_repeated() {
+fn a_password_in_an_address_is_rejected_and_not_shown() {
     for text in ["https://user:secret@host:1/x", "ftp://user:secret@host", "user:secret@host"] {
         let error = text.parse::<Endpoint>().unwrap_err().to_string();
         assert!(!error.contains("secret") && error.contains("@host"), "{error}");
@@ -428,7 +435,7 @@ fn a_password_in_an_address_is_refused_and_not_repeated() {
 fn redirects_stay_within_the_origin() {
     let other = Server::plain(|_| CannedResponse::ok("stolen"));
     let elsewhere = other.endpoint().url("/x");
-    let server = Server::plain(move |asked| match asked.path.as_str() {
+    let server = Server::plain(move |request| match request.path.as_str() {
         "/here" => {
             CannedResponse { headers: vec![("location", "/there?x=1".to_owned())], ..CannedResponse::status(302) }
         }
@@ -439,10 +446,10 @@ fn redirects_stay_within_the_origin() {
     let client = client(&Trust::Insecure);
     assert_eq!(client.get(&server.endpoint(), "/here", &[]).unwrap().bytes(10).unwrap(), b"there");
     let error = |path| format!("{:#}", client.get(&server.endpoint(), path, &[]).unwrap_err());
-    assert!(error("/away").contains("another host"));
+    assert!(error("/away").contains("a different host"));
     assert_eq!(
         format!("{:#}", redirected(&"https://a:1".parse().unwrap(), "http://a:1/x").unwrap_err()),
-        "cannot follow a redirect of https://a:1 to http://a:1: it is plain http"
+        "cannot follow the redirect from https://a:1 to http://a:1: the target is plain http"
     );
     assert!(error("/loop").contains("more than 5 redirects"));
     assert_eq!(other.connections(), 0);
@@ -458,12 +465,12 @@ fn answers_are_limited() {
 }
 
 #[test]
-fn one_who_says_nothing_is_given_up() {
+fn a_silent_server_times_out() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint: Endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
     let short = std::time::Duration::from_millis(200);
     for (timeouts, word) in [
-        (Timeouts { connect: short, stall: short, total: None }, "nothing came for 200ms"),
+        (Timeouts { connect: short, stall: short, total: None }, "nothing was received for 200ms"),
         (Timeouts { connect: short, stall: short * 100, total: Some(short) }, "within 200ms"),
     ] {
         let client = Client::new(&Trust::Insecure, None, timeouts).unwrap();
@@ -473,7 +480,7 @@ fn one_who_says_nothing_is_given_up() {
 }
 
 #[test]
-fn one_who_drips_is_given_up_as_one_who_says_nothing() {
+fn a_slow_server_is_aborted() {
     let stall = std::time::Duration::from_millis(250);
     let drip = Some((0, std::time::Duration::from_millis(20)));
     let identity = self_signed(&["127.0.0.1"], |_| {});
@@ -482,12 +489,12 @@ fn one_who_drips_is_given_up_as_one_who_says_nothing() {
         let client = Client::new(&Trust::Insecure, None, Timeouts::download(stall)).unwrap();
         let reply = client.get(&server.endpoint(), "/", &[]).unwrap();
         let error = reply.reader().read_to_end(&mut Vec::new()).unwrap_err().to_string();
-        assert!(error.contains("less than 1 KiB a second came for 1s"), "{error}");
+        assert!(error.contains("less than 1 KiB/s was received for 1s"), "{error}");
     }
 }
 
-/// Answers so many requests on each connection, and resets it when the next one comes: as a server or a firewall does that has forgotten
-/// the connection, which nobody sees before something is sent on it.
+/// Answers a number of requests on each connection and resets it at the next one, as a server or firewall that has dropped the
+/// connection does; the client notices only on sending.
 fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
@@ -497,17 +504,17 @@ fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
         for mut stream in listener.incoming().map_while(Result::ok) {
             count.fetch_add(1, Ordering::SeqCst);
             for _ in 0..answers {
-                let mut asked = Vec::new();
-                while !asked.ends_with(b"body") {
+                let mut received = Vec::new();
+                while !received.ends_with(b"body") {
                     let mut byte = [0];
                     if stream.read(&mut byte).is_ok_and(|amount| amount == 0) {
                         break;
                     }
-                    asked.push(byte[0]);
+                    received.push(byte[0]);
                 }
                 stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").unwrap();
             }
-            // What has come and was not read makes the end of the connection a reset.
+            // Unread input turns the close into a reset.
             let _ = stream.peek(&mut [0]);
         }
     });
@@ -515,7 +522,7 @@ fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
 }
 
 #[test]
-fn a_kept_connection_that_was_reset_meanwhile_costs_no_request() {
+fn a_request_on_a_reset_idle_connection_is_retried() {
     let client = client(&Trust::Insecure);
     let (endpoint, connections) = forgets_after(1);
     for number in 1..=4 {
@@ -523,7 +530,7 @@ fn a_kept_connection_that_was_reset_meanwhile_costs_no_request() {
         assert_eq!(reply.bytes(10).unwrap(), b"ok");
         assert_eq!(connections.load(Ordering::SeqCst), number);
     }
-    // Whoever resets a new connection is not asked again.
+    // A request on a new connection is not retried.
     let (endpoint, connections) = forgets_after(0);
     assert!(client.post_json(&endpoint, "/x", b"body").is_err());
     assert_eq!(connections.load(Ordering::SeqCst), 1);

@@ -1,7 +1,7 @@
-//! TLS below HTTP: a connector that judges certificates as [`super::Trust`] says, for each connection anew.
+//! The TLS connector for HTTP. It verifies certificates as [`super::Trust`] says, again for each connection.
 //!
-//! It stands where ureq's own would stand, because that one can neither pin a certificate nor tell why one was refused. Sessions are
-//! not resumed: connections are kept open instead, and a certificate that was withdrawn is noticed at the next one.
+//! It replaces ureq's own connector, which can neither pin a certificate nor report why one was rejected. Sessions are not resumed:
+//! connections are persistent instead, and a withdrawn certificate is noticed at the next connection.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -18,17 +18,17 @@ use ureq::unversioned::transport::{
 };
 
 use super::pins::ServerIdentity;
-use super::trust::{CertificateVerifier, Distrust, LoadedTrust, remember, shown};
+use super::trust::{CertificateVerifier, Distrust, LoadedTrust, identity_of, pin_first_contact};
 use super::{Fingerprint, end_of};
 
-/// TLS with whoever answers, whatever certificate he shows. For questions that tell no secret and whose answer is believed of nobody: a
-/// health check of a sub-agent, which runs on this host with a certificate that often names another.
-pub fn with_anyone() -> Result<ClientConfig, rustls::Error> {
+/// A TLS configuration that accepts any certificate. Only for requests that carry no secret and whose answer proves nothing: the health
+/// check of a sub-agent, which runs on this host with a certificate that often has a different name.
+pub fn unverified_tls() -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    configured(CertificateVerifier::new(String::new(), LoadedTrust::Anything, Arc::clone(&provider)), provider)
+    client_config(CertificateVerifier::new(String::new(), LoadedTrust::Insecure, Arc::clone(&provider)), provider)
 }
 
-fn configured(verifier: CertificateVerifier, provider: Arc<CryptoProvider>) -> Result<ClientConfig, rustls::Error> {
+fn client_config(verifier: CertificateVerifier, provider: Arc<CryptoProvider>) -> Result<ClientConfig, rustls::Error> {
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .dangerous()
@@ -38,73 +38,73 @@ fn configured(verifier: CertificateVerifier, provider: Arc<CryptoProvider>) -> R
     Ok(config)
 }
 
-/// Wraps a connection to an `https` address in TLS; leaves any other as it is.
+/// Wraps connections to `https` addresses in TLS; leaves others unchanged.
 pub(super) struct TlsConnector {
-    judge: LoadedTrust,
+    trust: LoadedTrust,
     provider: Arc<CryptoProvider>,
-    /// Host and port of proxies that are themselves spoken to by TLS: the system's trust counts for them, not the gateway's.
+    /// Host and port of proxies reached over TLS; the system's certificates verify them, not the gateway's trust.
     proxies: Vec<String>,
     system: OnceLock<LoadedTrust>,
-    seen: SharedHandshakes,
+    handshakes: SharedHandshakes,
 }
 
-/// What was seen in handshakes, shared with the client.
+/// Shared with the client.
 pub(super) type SharedHandshakes = Arc<Mutex<Handshakes>>;
 
-/// What was seen in handshakes.
+/// Results of handshakes.
 #[derive(Debug, Default)]
 pub(super) struct Handshakes {
-    /// The public key that was remembered in this process's first contact.
+    /// The public key pinned at a first contact in this process.
     pub(super) first_contact: Option<Fingerprint>,
-    /// What each origin has shown last.
+    /// The last handshake of each origin.
     pub(super) last: BTreeMap<String, Handshake>,
 }
 
-/// One handshake that succeeded.
+/// A successful handshake.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Handshake {
-    pub(super) shown: ServerIdentity,
-    /// When the chain ends, seconds since 1970.
+    pub(super) identity: ServerIdentity,
+    /// Earliest expiry in the chain, seconds since 1970.
     pub(super) end: Option<u64>,
 }
 
-/// More origins than these are not kept.
+/// Limit of recorded origins.
 const MAX_ORIGINS: usize = 100;
 
 impl TlsConnector {
-    pub(super) fn new(judge: LoadedTrust, proxies: Vec<String>, seen: SharedHandshakes) -> TlsConnector {
+    pub(super) fn new(trust: LoadedTrust, proxies: Vec<String>, handshakes: SharedHandshakes) -> TlsConnector {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        TlsConnector { judge, provider, proxies, system: OnceLock::new(), seen }
+        TlsConnector { trust, provider, proxies, system: OnceLock::new(), handshakes }
     }
 
-    fn judge_of(&self, uri: &Uri) -> &LoadedTrust {
+    fn trust_for(&self, uri: &Uri) -> &LoadedTrust {
         let is_proxy = |authority: &str| self.proxies.iter().any(|proxy| proxy == authority);
         match uri.authority() {
             Some(authority) if is_proxy(authority.as_str()) => self.system.get_or_init(LoadedTrust::system),
-            _ => &self.judge,
+            _ => &self.trust,
         }
     }
 
-    fn configuration(&self, origin: &str, judge: &LoadedTrust) -> Result<ClientConfig, rustls::Error> {
-        let verifier = CertificateVerifier::new(origin.to_owned(), judge.clone(), Arc::clone(&self.provider));
-        configured(verifier, Arc::clone(&self.provider))
+    fn configuration(&self, origin: &str, trust: &LoadedTrust) -> Result<ClientConfig, rustls::Error> {
+        let verifier = CertificateVerifier::new(origin.to_owned(), trust.clone(), Arc::clone(&self.provider));
+        client_config(verifier, Arc::clone(&self.provider))
     }
 
-    /// After the handshake: only one who has proved to hold the key is remembered.
-    fn note(&self, origin: &str, judge: &LoadedTrust, chain: &[CertificateDer<'_>]) -> Result<()> {
-        let leaf = chain.first().context("it showed no certificate")?;
-        let shown = shown(leaf);
-        let is_first = match judge {
-            LoadedTrust::FirstContact(pins) => remember(pins, origin, shown)?,
-            LoadedTrust::Authorities { .. } | LoadedTrust::Pins { .. } | LoadedTrust::Anything => false,
+    /// Runs after the handshake: a server is pinned only after it has proved that it holds the key.
+    fn record(&self, origin: &str, trust: &LoadedTrust, chain: &[CertificateDer<'_>]) -> Result<()> {
+        let leaf = chain.first().context("the server sent no certificate")?;
+        let identity = identity_of(leaf);
+        let is_first = match trust {
+            LoadedTrust::FirstContact(pins) => pin_first_contact(pins, origin, identity)?,
+            LoadedTrust::Authorities { .. } | LoadedTrust::Pins { .. } | LoadedTrust::Insecure => false,
         };
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handshakes = self.handshakes.lock().unwrap_or_else(PoisonError::into_inner);
         if is_first {
-            tracing::warn!(origin, key = %shown.pin(), "the key of the gateway's certificate is trusted at first contact");
-            seen.first_contact = Some(shown.pin());
+            tracing::warn!(origin, key = %identity.pin(), "pinned the public key of the gateway at first contact");
+            handshakes.first_contact = Some(identity.pin());
         }
-        if seen.last.len() < MAX_ORIGINS || seen.last.contains_key(origin) {
-            seen.last.insert(origin.to_owned(), Handshake { shown, end: end_of(chain) });
+        if handshakes.last.len() < MAX_ORIGINS || handshakes.last.contains_key(origin) {
+            handshakes.last.insert(origin.to_owned(), Handshake { identity, end: end_of(chain) });
         }
         Ok(())
     }
@@ -112,7 +112,7 @@ impl TlsConnector {
 
 impl std::fmt::Debug for TlsConnector {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TlsConnector").field("judge", &self.judge).finish_non_exhaustive()
+        f.debug_struct("TlsConnector").field("trust", &self.trust).finish_non_exhaustive()
     }
 }
 
@@ -125,17 +125,18 @@ impl<In: Transport> Connector<In> for TlsConnector {
             return Ok(Some(Either::A(plain)));
         }
         let origin = origin_of(details.uri);
-        let judge = self.judge_of(details.uri);
-        let name = server_name(details.uri).map_err(|error| failed(&origin, error))?;
-        let config = self.configuration(&origin, judge).map_err(|error| failed(&origin, error))?;
-        let mut session = ClientConnection::new(Arc::new(config), name).map_err(|error| failed(&origin, error))?;
+        let trust = self.trust_for(details.uri);
+        let name = server_name(details.uri).map_err(|error| distrust_error(&origin, error))?;
+        let config = self.configuration(&origin, trust).map_err(|error| distrust_error(&origin, error))?;
+        let mut session =
+            ClientConnection::new(Arc::new(config), name).map_err(|error| distrust_error(&origin, error))?;
 
         let mut socket = TransportAdapter::new(plain.boxed(), Arc::clone(&details.current_time));
         socket.set_timeout(details.timeout);
-        session.complete_io(&mut socket).map_err(|error| explained(&origin, error))?;
+        session.complete_io(&mut socket).map_err(|error| handshake_error(&origin, error))?;
 
         let chain = session.peer_certificates().unwrap_or_default();
-        self.note(&origin, judge, chain).map_err(|error| failed(&origin, error))?;
+        self.record(&origin, trust, chain).map_err(|error| distrust_error(&origin, error))?;
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
         Ok(Some(Either::B(TlsTransport { buffers, stream: StreamOwned::new(session, socket) })))
     }
@@ -148,11 +149,11 @@ fn origin_of(uri: &Uri) -> String {
 fn server_name(uri: &Uri) -> Result<ServerName<'static>> {
     let host = uri.host().unwrap_or_default();
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    ServerName::try_from(bare.to_owned()).with_context(|| format!("{bare} is neither a host name nor an address"))
+    ServerName::try_from(bare.to_owned()).with_context(|| format!("{bare} is not a valid host name or IP address"))
 }
 
-/// The one error type that comes out of here; [`Distrust`] stays itself in it.
-fn failed(origin: &str, error: impl Into<anyhow::Error>) -> ureq::Error {
+/// Converts any error to the connector's error type; keeps a [`Distrust`] as it is.
+fn distrust_error(origin: &str, error: impl Into<anyhow::Error>) -> ureq::Error {
     let error = error.into();
     let distrust = match error.downcast::<Distrust>() {
         Ok(distrust) => distrust,
@@ -161,33 +162,34 @@ fn failed(origin: &str, error: impl Into<anyhow::Error>) -> ureq::Error {
     ureq::Error::Other(Box::new(distrust))
 }
 
-/// What went wrong in the handshake, out of the layers that it was wrapped in.
-fn explained(origin: &str, error: io::Error) -> ureq::Error {
+/// Extracts the cause of a failed handshake from its wrappers.
+fn handshake_error(origin: &str, error: io::Error) -> ureq::Error {
     let Some(inner) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
         if error.kind() == io::ErrorKind::UnexpectedEof {
-            let text =
-                format!("cannot agree on TLS with {origin}: it closed the connection; is it an http:// endpoint?");
+            let text = format!(
+                "TLS handshake with {origin} failed: the server closed the connection; is it an http:// endpoint?"
+            );
             return ureq::Error::Other(Box::new(HandshakeFailed(text)));
         }
-        // A timeout or a broken connection below; ureq unwraps its own.
+        // A timeout or a broken connection; ureq unwraps its own errors.
         return error.into();
     };
     match inner {
         rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(other))) => {
             match other.downcast_ref::<Distrust>() {
                 Some(distrust) => ureq::Error::Other(Box::new(distrust.clone())),
-                None => failed(origin, inner.clone()),
+                None => distrust_error(origin, inner.clone()),
             }
         }
         rustls::Error::InvalidMessage(_) => ureq::Error::Other(Box::new(HandshakeFailed(format!(
-            "cannot speak TLS with {origin}: it answers something else; is it an http:// endpoint?"
+            "TLS handshake with {origin} failed: the answer is not TLS; is it an http:// endpoint?"
         )))),
-        rustls::Error::InvalidCertificate(_) => failed(origin, inner.clone()),
-        other => ureq::Error::Other(Box::new(HandshakeFailed(format!("cannot agree on TLS with {origin}: {other}")))),
+        rustls::Error::InvalidCertificate(_) => distrust_error(origin, inner.clone()),
+        other => ureq::Error::Other(Box::new(HandshakeFailed(format!("TLS handshake with {origin} failed: {other}")))),
     }
 }
 
-/// The two ends found no common ground, before any certificate was judged.
+/// The handshake failed before a certificate was verified.
 #[derive(Debug)]
 pub(super) struct HandshakeFailed(String);
 
@@ -199,7 +201,7 @@ impl std::fmt::Display for HandshakeFailed {
 
 impl std::error::Error for HandshakeFailed {}
 
-/// An established TLS connection as ureq reads and writes it.
+/// An established TLS connection, for ureq.
 pub(super) struct TlsTransport {
     buffers: LazyBuffers,
     stream: StreamOwned<ClientConnection, TransportAdapter>,

@@ -1,8 +1,7 @@
-//! Which certificates are accepted, and the words in which a refusal is told.
+//! Which certificates are accepted, and the error texts for rejected ones.
 //!
-//! Whatever is trusted, the other end must prove in the handshake that it holds the certificate's key, except under
-//! [`Trust::Insecure`]. A pin is of a public key, or of one certificate: names and dates don't matter then, as the
-//! pin says more than they do.
+//! The server must always prove in the handshake that it holds the certificate's key, except under [`Trust::Insecure`]. A pin names a
+//! public key or one certificate; names and dates of a pinned certificate are not checked, as the pin is stricter.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -24,31 +23,31 @@ use super::pins::{
 use super::{Fingerprint, key_of};
 use crate::store;
 
-/// A file of certificates is refused beyond this; the whole of Mozilla's list is 220 kB.
+/// Larger certificate files are rejected; the whole of Mozilla's list is 220 kB.
 const MAX_CA_FILE_BYTES: u64 = 4 << 20;
 
-/// Of the names that a certificate is for, in an error.
+/// Limit for the certificate's names in an error.
 const MAX_NAMES_SHOWN: usize = 10;
 
 /// Which certificates are accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trust {
-    /// What the operating system trusts.
+    /// Those that the operating system trusts.
     System,
-    /// What the authorities in this PEM file have issued, and the certificates in it themselves.
+    /// Those issued by the authorities in this PEM file, and the certificates in the file themselves.
     CaFile(PathBuf),
-    /// These certificates, or certificates with these public keys, or with those in the file `learned` that were announced under these
-    /// pins; no others.
+    /// Only certificates that match these pins by certificate or public key, or by a public key in the file `learned` that was announced
+    /// under these pins.
     Pin { pins: Vec<Fingerprint>, learned: PathBuf },
-    /// For each origin what was seen first and announced since, remembered in the file `pins`, which must be there.
+    /// For each origin, the key of the first contact and those announced since, stored in the file `pins`, which must exist.
     FirstContact { pins: PathBuf },
-    /// Anything, plain http too.
+    /// Any certificate, and plain http.
     Insecure,
 }
 
 impl Trust {
-    /// The word for it in reports, as the key in the settings.
-    pub(super) fn word(&self) -> &'static str {
+    /// The name in reports, equal to the key in the settings.
+    pub(super) fn name(&self) -> &'static str {
         match self {
             Trust::System => "system",
             Trust::CaFile(_) => "caCert",
@@ -59,12 +58,12 @@ impl Trust {
     }
 }
 
-/// [`Trust`] with its files read: what certificates are judged by.
+/// [`Trust`] with its files loaded.
 #[derive(Debug, Clone)]
 pub(super) enum LoadedTrust {
     Authorities {
         roots: Arc<RootCertStore>,
-        /// The certificates themselves, where an operator gave them: a server may present one of these as its own.
+        /// The certificates that the operator gave: a server may present one of these as its own.
         given: Arc<Vec<CertificateDer<'static>>>,
     },
     Pins {
@@ -72,7 +71,7 @@ pub(super) enum LoadedTrust {
         learned: Arc<PathBuf>,
     },
     FirstContact(Arc<PathBuf>),
-    Anything,
+    Insecure,
 }
 
 impl LoadedTrust {
@@ -86,16 +85,16 @@ impl LoadedTrust {
                 LoadedTrust::Pins { pins: Arc::new(pins.clone()), learned: Arc::new(learned.clone()) }
             }
             Trust::FirstContact { pins } => LoadedTrust::FirstContact(Arc::new(pins.clone())),
-            Trust::Insecure => LoadedTrust::Anything,
+            Trust::Insecure => LoadedTrust::Insecure,
         })
     }
 
-    /// A host without any certificates of its own is no error here: it refuses every server, and says why.
+    /// A host without system certificates is not an error here: every server is rejected, with the reason.
     pub(super) fn system() -> LoadedTrust {
         let found = rustls_native_certs::load_native_certs();
         if found.certs.is_empty() {
             let reasons: Vec<String> = found.errors.iter().map(ToString::to_string).collect();
-            tracing::warn!(reasons = reasons.join("; "), "the operating system has no trusted certificates");
+            tracing::warn!(reasons = reasons.join("; "), "no trusted certificates found in the operating system");
         }
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(found.certs);
@@ -103,18 +102,21 @@ impl LoadedTrust {
     }
 
     fn ca_file(path: &Path) -> Result<LoadedTrust> {
-        let text = store::read(path, MAX_CA_FILE_BYTES)?.context("there is no such file")?;
+        let text = store::read(path, MAX_CA_FILE_BYTES)?.context("the file does not exist")?;
         let given = CertificateDer::pem_slice_iter(&text)
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| anyhow::anyhow!("it is not PEM: {error}"))?;
+            .map_err(|error| anyhow::anyhow!("the file is not PEM: {error}"))?;
         let mut roots = RootCertStore::empty();
         let (usable, _) = roots.add_parsable_certificates(given.iter().cloned());
-        anyhow::ensure!(usable > 0, "there is no certificate in it; it must be PEM (-----BEGIN CERTIFICATE-----)");
+        anyhow::ensure!(
+            usable > 0,
+            "the file contains no usable certificate; it must be PEM (-----BEGIN CERTIFICATE-----)"
+        );
         Ok(LoadedTrust::Authorities { roots: Arc::new(roots), given: Arc::new(given) })
     }
 }
 
-/// Why the other end was not trusted. Its text is for the operator and says what to do.
+/// Why a server is not trusted. The text is for the operator and says what to do.
 #[derive(Debug, Clone)]
 pub struct Distrust {
     /// `https://host:port`
@@ -129,15 +131,15 @@ enum DistrustReason {
     WrongName {
         presented: Vec<String>,
     },
-    /// Seconds since 1970: what this host's clock said, and the certificate's end.
+    /// Seconds since 1970: this host's clock, and the certificate's expiry.
     Expired {
         clock: Option<u64>,
         end: Option<u64>,
     },
-    /// The same, and its beginning.
+    /// The same, with the start of the validity.
     NotYetValid {
         clock: Option<u64>,
-        beginning: Option<u64>,
+        start: Option<u64>,
     },
     NotPinned,
     Changed {
@@ -164,65 +166,64 @@ impl fmt::Display for Distrust {
         let pin = match self.presented {
             Some(presented) => {
                 write!(f, " (public key {presented})")?;
-                format!("compare it with the gateway's operator and give `--pin {presented}`")
+                format!("verify the key with the gateway's operator and give `--pin {presented}`")
             }
             None => "give `--pin SHA256`".to_owned(),
         };
         match &self.why {
             DistrustReason::UnknownIssuer => write!(
                 f,
-                ": nobody that this host trusts has issued it; if it is the gateway's own, give that certificate with \
-                 `--ca-cert FILE`, or {pin}"
+                ": it was not issued by an authority that this host trusts; if it is self-signed, give it with `--ca-cert FILE`, or \
+                 {pin}"
             ),
             DistrustReason::WrongName { presented } if presented.is_empty() => write!(
                 f,
-                ": it names no host at all (it has no subjectAltName); give the gateway a certificate that names this \
+                ": it contains no host name (no subjectAltName); give the gateway a certificate that names this \
                  host, or {pin}"
             ),
             DistrustReason::WrongName { presented } => write!(
                 f,
-                ": it is for {}; use an endpoint with one of these names, give the gateway a certificate that names \
+                ": it is only valid for {}; use an endpoint with one of these names, give the gateway a certificate that names \
                  this one, or {pin}",
                 presented.join(", ")
             ),
             DistrustReason::Expired { clock, end } => write!(
                 f,
-                ": it has expired{}, and this host's clock says {}; if the clock is right, have the gateway's certificate \
-                 renewed, or {pin}; if it is wrong, set it",
+                ": it expired{}; this host's clock says {}. If the clock is right, renew the gateway's certificate, or {pin}; if it is \
+                 wrong, set the clock",
                 date(*end).map(|end| format!(" on {end}")).unwrap_or_default(),
-                date(*clock).unwrap_or_else(|| "nothing".to_owned())
+                date(*clock).unwrap_or_else(|| "an unknown time".to_owned())
             ),
-            DistrustReason::NotYetValid { clock, beginning } => write!(
+            DistrustReason::NotYetValid { clock, start } => write!(
                 f,
-                ": it is not valid yet{}, and this host's clock says {}; set the clock, if that is wrong",
-                date(*beginning).map(|beginning| format!(", but from {beginning} on")).unwrap_or_default(),
-                date(*clock).unwrap_or_else(|| "nothing".to_owned())
+                ": it is not valid yet{}; this host's clock says {}; set the clock if it is wrong",
+                date(*start).map(|start| format!(", only from {start} on")).unwrap_or_default(),
+                date(*clock).unwrap_or_else(|| "an unknown time".to_owned())
             ),
             DistrustReason::NotPinned => {
                 write!(
                     f,
-                    ": it is none of those pinned, nor for a public key that the gateway has announced; if the gateway's key was replaced, {pin}"
+                    ": it matches no pin and no public key that the gateway has announced; if the gateway's key was replaced, {pin}"
                 )
             }
             DistrustReason::Changed { known } => {
                 let new = self.presented.map_or("NEW".to_owned(), |presented| presented.to_string());
                 write!(
                     f,
-                    ": since the first contact its public key is {known} (recorded in the home's state/pins.json). Either the \
-                     gateway's certificate was replaced by one for another key, which was not announced, or somebody stands in between. Verify it with the gateway's operator, then \
-                     give `--pin {new}`, or install again with `--fresh`"
+                    ": the public key pinned since the first contact is {known} (in the home's state/pins.json). Either the gateway's \
+                     certificate was replaced by one with a different, unannounced key, or the connection is intercepted. Verify the key \
+                     with the gateway's operator, then give `--pin {new}`, or install again with `--fresh`"
                 )
             }
             DistrustReason::PinsLost { pins } => write!(
                 f,
-                ": {} is missing, which says what it was at the first contact, and whoever answers next is not trusted for that; bring it \
-                 back from a backup, or {pin}, or, to accept whoever answers next, write {{}} into that file",
+                ": {} is missing, so the key pinned at the first contact is unknown; restore the file from a backup, or {pin}, or write \
+                 {{}} into that file to accept the next server that answers",
                 pins.display()
             ),
             DistrustReason::TooManyPins { pins } => write!(
                 f,
-                ": this is a first contact, and {MAX_PINS} are remembered already; remove those that are not needed any more from {}, or \
-                 {pin}",
+                ": this is a first contact, and {MAX_PINS} servers are pinned already; remove unneeded pins from {}, or {pin}",
                 pins.display()
             ),
             DistrustReason::Unusable(why) => write!(f, ": {why}"),
@@ -232,39 +233,41 @@ impl fmt::Display for Distrust {
 
 impl std::error::Error for Distrust {}
 
-/// Judges the certificate of one connection.
+/// Verifies the certificate of one connection.
 #[derive(Debug)]
 pub(super) struct CertificateVerifier {
     origin: String,
-    judge: LoadedTrust,
+    trust: LoadedTrust,
     provider: Arc<CryptoProvider>,
 }
 
 impl CertificateVerifier {
-    pub(super) fn new(origin: String, judge: LoadedTrust, provider: Arc<CryptoProvider>) -> CertificateVerifier {
-        CertificateVerifier { origin, judge, provider }
+    pub(super) fn new(origin: String, trust: LoadedTrust, provider: Arc<CryptoProvider>) -> CertificateVerifier {
+        CertificateVerifier { origin, trust, provider }
     }
 
-    fn judged(
+    fn check(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         name: &ServerName<'_>,
         now: UnixTime,
     ) -> Result<(), DistrustReason> {
-        match &self.judge {
-            LoadedTrust::Anything => Ok(()),
-            LoadedTrust::Pins { pins, learned } => match is_pinned(learned, &self.origin, pins, shown(leaf)) {
+        match &self.trust {
+            LoadedTrust::Insecure => Ok(()),
+            LoadedTrust::Pins { pins, learned } => match is_pinned(learned, &self.origin, pins, identity_of(leaf)) {
                 true => Ok(()),
                 false => Err(DistrustReason::NotPinned),
             },
-            LoadedTrust::FirstContact(pins) => judged_by(&pins_in(pins)?, pins, &self.origin, shown(leaf)).map(drop),
+            LoadedTrust::FirstContact(pins) => {
+                check_first_contact(&pins_in(pins)?, pins, &self.origin, identity_of(leaf)).map(drop)
+            }
             LoadedTrust::Authorities { roots, given } => {
                 let parsed = ParsedCertificate::try_from(leaf).map_err(why)?;
                 let algorithms = self.provider.signature_verification_algorithms.all;
                 match verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, algorithms) {
-                    // The operator gave this very certificate, only that it is marked as an authority's, as openssl does by
-                    // default. Its dates were checked before this mark is.
+                    // The operator gave this certificate itself, but it is marked as an authority's, as openssl does by default. Its dates
+                    // were checked before that mark.
                     Err(error) if is_authority(&error) && given.iter().any(|known| known == leaf) => {}
                     Err(error) if is_authority(&error) => return Err(DistrustReason::UnknownIssuer),
                     other => other.map_err(why)?,
@@ -293,22 +296,22 @@ fn why(error: rustls::Error) -> DistrustReason {
             }
             CertificateError::Expired => DistrustReason::Expired { clock: None, end: None },
             CertificateError::NotValidYetContext { time, not_before } => {
-                DistrustReason::NotYetValid { clock: Some(time.as_secs()), beginning: Some(not_before.as_secs()) }
+                DistrustReason::NotYetValid { clock: Some(time.as_secs()), start: Some(not_before.as_secs()) }
             }
-            CertificateError::NotValidYet => DistrustReason::NotYetValid { clock: None, beginning: None },
+            CertificateError::NotValidYet => DistrustReason::NotYetValid { clock: None, start: None },
             other => DistrustReason::Unusable(other.to_string()),
         },
         other => DistrustReason::Unusable(other.to_string()),
     }
 }
 
-/// RFC 3339, UTC, of seconds since 1970.
+/// Seconds since 1970 as RFC 3339, UTC.
 fn date(seconds: Option<u64>) -> Option<String> {
     let timestamp = jiff::Timestamp::from_second(i64::try_from(seconds?).ok()?).ok()?;
     Some(timestamp.to_string())
 }
 
-/// `gw.example` out of `DnsName("gw.example")`, as the names are given to us; without what could disturb a terminal.
+/// Extracts `gw.example` from `DnsName("gw.example")`, without control characters.
 fn bare_name(presented: &str) -> String {
     let inner = presented.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(presented);
     inner.trim_matches('"').chars().filter(|c| !c.is_control()).take(255).collect()
@@ -323,8 +326,8 @@ impl ServerCertVerifier for CertificateVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.judged(leaf, intermediates, name, now).map(|()| ServerCertVerified::assertion()).map_err(|why| {
-            let presented = Some(shown(leaf).pin());
+        self.check(leaf, intermediates, name, now).map(|()| ServerCertVerified::assertion()).map_err(|why| {
+            let presented = Some(identity_of(leaf).pin());
             let distrust = Distrust { origin: self.origin.clone(), presented, why };
             rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(distrust))))
         })
@@ -336,7 +339,7 @@ impl ServerCertVerifier for CertificateVerifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        if matches!(self.judge, LoadedTrust::Anything) {
+        if matches!(self.trust, LoadedTrust::Insecure) {
             return Ok(HandshakeSignatureValid::assertion());
         }
         verify_tls12_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
@@ -348,7 +351,7 @@ impl ServerCertVerifier for CertificateVerifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        if matches!(self.judge, LoadedTrust::Anything) {
+        if matches!(self.trust, LoadedTrust::Insecure) {
             return Ok(HandshakeSignatureValid::assertion());
         }
         verify_tls13_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
@@ -359,45 +362,44 @@ impl ServerCertVerifier for CertificateVerifier {
     }
 }
 
-/// One writes what is pinned at a time.
-static WRITING: Mutex<()> = Mutex::new(());
+/// Serializes updates of the pin files.
+static UPDATES: Mutex<()> = Mutex::new(());
 
-/// What a server shows.
-pub(super) fn shown(leaf: &CertificateDer<'_>) -> ServerIdentity {
+/// The identity in a server's certificate.
+pub(super) fn identity_of(leaf: &CertificateDer<'_>) -> ServerIdentity {
     ServerIdentity { certificate: Fingerprint::of(leaf), key: key_of(leaf) }
 }
 
 impl LoadedTrust {
-    /// Notes what was learned over a connection that this judge let pass: the key that was shown, and those that were announced.
-    pub(super) fn learn(&self, origin: &str, seen: ServerIdentity, announced: &[Fingerprint]) -> Result<()> {
-        let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Records the presented and the announced keys of a connection that passed this verification.
+    pub(super) fn learn(&self, origin: &str, identity: ServerIdentity, announced: &[Fingerprint]) -> Result<()> {
+        let _guard = UPDATES.lock().unwrap_or_else(PoisonError::into_inner);
         match self {
-            LoadedTrust::Pins { pins, learned } => learn_pinned(learned, origin, pins, seen, announced),
-            LoadedTrust::FirstContact(pins) => learn_first_contact(pins, origin, seen, announced),
-            LoadedTrust::Authorities { .. } | LoadedTrust::Anything => Ok(()),
+            LoadedTrust::Pins { pins, learned } => learn_pinned(learned, origin, pins, identity, announced),
+            LoadedTrust::FirstContact(pins) => learn_first_contact(pins, origin, identity, announced),
+            LoadedTrust::Authorities { .. } | LoadedTrust::Insecure => Ok(()),
         }
     }
 
-    /// What certificates of an origin are accepted by, if by what is pinned.
+    /// The pins that are accepted for an origin; empty if its certificate is not verified by pins.
     pub(super) fn accepted(&self, origin: &str) -> Vec<Fingerprint> {
         match self {
             LoadedTrust::Pins { pins, learned } => accepted_pinned(learned, origin, pins),
             LoadedTrust::FirstContact(pins) => accepted_first_contact(pins, origin),
-            LoadedTrust::Authorities { .. } | LoadedTrust::Anything => Vec::new(),
+            LoadedTrust::Authorities { .. } | LoadedTrust::Insecure => Vec::new(),
         }
     }
 }
 
-/// Remembers `seen` as the certificate of `origin`, whose handshake has just succeeded, if none is remembered yet.
-/// Answers whether this was the first contact.
-pub(super) fn remember(path: &Path, origin: &str, seen: ServerIdentity) -> Result<bool> {
-    // Two threads at a first contact: the second must see what the first one wrote.
-    let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+/// Pins `identity` for `origin` after a successful handshake, if nothing is pinned yet. Returns whether this was the first contact.
+pub(super) fn pin_first_contact(path: &Path, origin: &str, identity: ServerIdentity) -> Result<bool> {
+    // Concurrent first contacts: the second thread must see the pin of the first.
+    let _guard = UPDATES.lock().unwrap_or_else(PoisonError::into_inner);
 
-    let distrusted = |why| Distrust { origin: origin.to_owned(), presented: Some(seen.pin()), why };
+    let distrusted = |why| Distrust { origin: origin.to_owned(), presented: Some(identity.pin()), why };
     let mut pins = pins_in(path).map_err(distrusted)?;
-    if judged_by(&pins, path, origin, seen).map_err(distrusted)? {
-        pins.add(origin, seen);
+    if check_first_contact(&pins, path, origin, identity).map_err(distrusted)? {
+        pins.add(origin, identity);
         pins.save(path)?;
         return Ok(true);
     }
@@ -412,9 +414,14 @@ fn pins_in(path: &Path) -> Result<Pins, DistrustReason> {
     }
 }
 
-/// Whether it is the first contact.
-fn judged_by(pins: &Pins, path: &Path, origin: &str, seen: ServerIdentity) -> Result<bool, DistrustReason> {
-    match pins.say(origin, seen) {
+/// Returns whether this is the first contact; an error if the key is not the pinned one.
+fn check_first_contact(
+    pins: &Pins,
+    path: &Path,
+    origin: &str,
+    identity: ServerIdentity,
+) -> Result<bool, DistrustReason> {
+    match pins.check(origin, identity) {
         PinMatch::Known => Ok(false),
         PinMatch::First => Ok(true),
         PinMatch::Changed { known } => Err(DistrustReason::Changed { known }),

@@ -106,7 +106,7 @@ fn is_key(path: &str) -> bool {
 pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageContents> {
     let mut contents = PackageContents::default();
     // The operating system that it is for is known only after this; see `check_for`.
-    package::look_through(archive, packing, Os::Linux, &mut |entry| {
+    package::inspect(archive, packing, Os::Linux, &mut |entry| {
         contents.files.insert(entry.path.to_owned(), entry.executable);
         match entry.path {
             MANIFEST => {
@@ -139,14 +139,14 @@ pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageCo
 pub(super) fn check_for(os: Os, archive: &mut File, packing: Packing) -> Result<()> {
     match os {
         Os::Linux => Ok(()),
-        Os::Windows => package::look_through(archive, packing, os, &mut |_| Ok(())),
+        Os::Windows => package::inspect(archive, packing, os, &mut |_| Ok(())),
     }
 }
 
 /// Copies one file of the archive; a missing file or a link is an error.
 pub(super) fn extract(archive: &mut File, packing: Packing, path: &str, to: &mut impl io::Write) -> Result<()> {
     let mut found = false;
-    package::look_through(archive, packing, Os::Linux, &mut |entry| {
+    package::inspect(archive, packing, Os::Linux, &mut |entry| {
         if entry.path == path {
             io::copy(entry.content.with_context(|| format!("its {path} is a link"))?, to)?;
             found = true;

@@ -417,7 +417,7 @@ fn supplied_signature(archive: &Path) -> Result<Option<SuppliedSignature>> {
 impl SuppliedSignature {
     /// Verifies it with the depot's keys. A signature by another key is accepted: hosts may trust that key.
     fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
-        match package::judge(package, &self.text, keys)?.0 {
+        match package::check_signature(package, &self.text, keys)?.0 {
             SignatureStatus::Good | SignatureStatus::UnknownKey => Ok(()),
             SignatureStatus::Bad(why) => bail!("its signature is invalid: {why}"),
         }

@@ -223,7 +223,7 @@ impl Keyring {
         keys.extend(baked.filtered(|key| !self.is_revoked(key)))?;
         let brought = self.brought.iter().filter(|entry| !self.is_revoked(&entry.key));
         brought.map(|entry| entry.key.clone()).try_for_each(|key| keys.trust(key))?;
-        Ok(keys.telling_of(self.revoked.iter().map(|entry| (entry.key.id(), entry.by.clone())).collect()))
+        Ok(keys.with_revoked(self.revoked.iter().map(|entry| (entry.key.id(), entry.by.clone())).collect()))
     }
 
     /// A warning for each revoked key that is trusted because the operator has a file of it in `etc`.

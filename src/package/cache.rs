@@ -1,4 +1,4 @@
-//! Where packages are on their way: directories that are their owner's alone, cleared of what nobody comes back for.
+//! The directories of packages in transit: private to their owner, and cleared of abandoned downloads.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail};
 use super::{MAX_PACKAGE_BYTES, PackagePaths, partial};
 use crate::store;
 
-/// Half a download that nobody came back for.
+/// Older partial downloads are abandoned and removed.
 pub(super) const MAX_PART_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
-/// What downloads that nobody is at may take on the disk: as much as the largest package, so that it can be gone on with too.
+/// Disk space for downloads that are not in progress: the size of the largest package, so that it can be resumed too.
 const MAX_CACHE_BYTES: u64 = MAX_PACKAGE_BYTES;
 
-/// Makes a directory that is its owner's alone, where it is missing.
+/// Creates a directory with mode 0700 if it does not exist.
 pub(super) fn make_private(directory: &Path) -> Result<()> {
     let attempt = || {
         if directory.is_dir() {
@@ -23,75 +23,74 @@ pub(super) fn make_private(directory: &Path) -> Result<()> {
         fs::create_dir_all(directory)?;
         crate::platform::set_mode(directory, 0o700)
     };
-    attempt().with_context(|| format!("cannot make {}", directory.display()))
+    attempt().with_context(|| format!("cannot create {}", directory.display()))
 }
 
-/// Clears what earlier runs left: everything in staging, downloads that nobody came back for, and the oldest of the rest beyond the
-/// cache's cap. To be called while no fetch is under way.
-pub fn sweep(places: &PackagePaths) -> Result<()> {
+/// Removes what earlier runs left: everything in staging, abandoned downloads, and the oldest of the rest beyond the cache's cap. Must not
+/// run during a fetch.
+pub fn sweep(paths: &PackagePaths) -> Result<()> {
     let mut failures = Failures::default();
-    for entry in entries(&places.staging)? {
+    for entry in entries(&paths.staging)? {
         let path = entry.path();
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        failures.note(if is_directory { store::remove_tree(&path) } else { store::remove(&path) });
+        failures.add(if is_directory { store::remove_tree(&path) } else { store::remove(&path) });
     }
-    failures.note(trim(&places.cache, |_| true));
-    failures.end()
+    failures.add(trim(&paths.cache, |_| true));
+    failures.into_result()
 }
 
-/// What could not be removed: it keeps nothing else from being removed.
+/// Collects errors, so that one failed removal does not stop the others.
 #[derive(Default)]
 struct Failures(Vec<String>);
 
 impl Failures {
-    fn note(&mut self, removed: Result<()>) {
+    fn add(&mut self, removed: Result<()>) {
         self.0.extend(removed.err().map(|error| format!("{error:#}")));
     }
 
-    fn end(self) -> Result<()> {
+    fn into_result(self) -> Result<()> {
         if self.0.is_empty() { Ok(()) } else { bail!("{}", self.0.join("; ")) }
     }
 }
 
-/// Removes downloads of files that are not wanted, or that nobody came back for, and the oldest of the rest beyond the cache's cap; none
-/// that is under way.
+/// Removes unneeded and abandoned downloads, and the oldest of the rest beyond the cache's cap. Leaves downloads in progress alone.
 pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let (mut kept, mut failures) = (Vec::new(), Failures::default());
     for entry in entries(cache)? {
         let path = entry.path();
-        // One that was done meanwhile is gone.
+        // A download that completed meanwhile no longer has a file.
         let Ok(metadata) = entry.metadata() else { continue };
         if !metadata.is_file() || partial::is_in_use(&path) {
             continue;
         }
-        // A clock that was set back makes a file young, not an error.
+        // After the clock was set back, a file in the future has age zero.
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         let age = SystemTime::now().duration_since(modified).unwrap_or_default();
         if age > MAX_PART_AGE || !partial::package_of(&path).is_some_and(&is_wanted) {
-            failures.note(store::remove(&path));
+            failures.add(store::remove(&path));
         } else {
             kept.push((modified, metadata.len(), path));
         }
     }
     for path in beyond_cap(kept, MAX_CACHE_BYTES) {
-        failures.note(store::remove(&path));
+        failures.add(store::remove(&path));
     }
-    failures.end()
+    failures.into_result()
 }
 
-/// Which files go so that the rest has at most `cap` bytes: the oldest.
+/// Returns the oldest files, whose removal leaves at most `cap` bytes.
 pub(super) fn beyond_cap(mut files: Vec<(SystemTime, u64, PathBuf)>, cap: u64) -> Vec<PathBuf> {
     files.sort();
     let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
-    let mut gone = Vec::new();
+    let mut removed = Vec::new();
     for (_, bytes, path) in files {
         if total <= cap {
             break;
         }
         total -= bytes;
-        gone.push(path);
+        removed.push(path);
     }
-    gone
+    removed
 }
 
 pub(super) fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>> {

@@ -1,7 +1,7 @@
-//! `.complete`: which package lies unpacked in a release's directory, and by what it was accepted.
+//! `.complete`: which package was unpacked into a release directory, and which key signed it.
 //!
-//! It may be activated long after it was unpacked: it waits behind another, or is gone back to. What it was accepted by may have been
-//! withdrawn meanwhile, so it is judged again at each activation, by the epoch that the host has committed since and by whom it trusts now.
+//! A release may be activated long after it was unpacked: it waits for another one, or is the target of a rollback. Its key or epoch may
+//! have been withdrawn meanwhile, so each activation checks it again, against the committed epoch and the keys trusted now.
 
 use std::fmt;
 use std::path::Path;
@@ -14,20 +14,20 @@ use crate::core::model::Digest;
 use crate::home::COMPLETE;
 use crate::store;
 
-/// What `.complete` in a release's directory says: which package was unpacked there, to the end.
+/// The content of `.complete` in a release directory: the package that was unpacked there completely.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Completed {
     pub file: String,
     pub sha256: Digest,
     pub epoch: u64,
-    /// The key that signed it. Absent where an older version unpacked it.
+    /// The key that signed it; absent if an older version unpacked it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signer: Option<Key>,
     #[serde(flatten)]
     pub(super) unknown: serde_json::Map<String, serde_json::Value>,
 }
 
-/// Why a release that was accepted once is not any more.
+/// Why a release that was accepted earlier is now rejected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WithdrawnRelease(String);
 
@@ -40,42 +40,42 @@ impl fmt::Display for WithdrawnRelease {
 impl std::error::Error for WithdrawnRelease {}
 
 impl Completed {
-    /// Whether it would still be accepted by a host that has committed the epoch `least` of its name, and trusts these `keys`. Of a release
-    /// whose signer nobody noted, the epoch alone is judged.
+    /// Whether a host with the committed epoch `least` and these `keys` still accepts the release. Without a recorded signer only the epoch
+    /// is checked.
     pub fn admit(&self, least: u64, keys: &Keys) -> Result<(), WithdrawnRelease> {
         let Completed { file, epoch, .. } = self;
         if *epoch < least {
             return Err(WithdrawnRelease(format!(
-                "cannot activate {file}: it is of epoch {epoch}, older than the {least} that this host has committed since it was \
-                 unpacked here: packages of earlier epochs were withdrawn; publish it again with `--epoch {least}`"
+                "cannot activate {file}: it has epoch {epoch}, lower than the {least} that this host has committed since it was unpacked: \
+                 packages of lower epochs were withdrawn; publish it again with `--epoch {least}`"
             )));
         }
         let Some(signer) = self.signer.as_ref().filter(|signer| !keys.contains(signer)) else { return Ok(()) };
         let id = signer.id();
         let why = match keys.revoked_by(id) {
             Some(by) => format!("which was revoked by {by}"),
-            None => format!("which is not trusted here any more{}", keys.place()),
+            None => format!("which is no longer trusted here{}", keys.location_suffix()),
         };
         Err(WithdrawnRelease(format!(
-            "cannot activate {file}: it was signed by the key {id}, {why}; have it signed by a key that is trusted here"
+            "cannot activate {file}: it was signed by the key {id}, {why}; sign it with a key that is trusted here"
         )))
     }
 }
 
-/// Which package lies unpacked in `release_dir`. What does not say it, or cannot be understood, is to be had again.
-pub fn whole(release_dir: &Path) -> Result<Completed> {
-    let again = |why: String| {
-        WithdrawnRelease(format!("cannot activate {}: {why}; it is fetched again", release_dir.display()))
+/// Reads which package was unpacked in `release_dir`. A missing or unreadable record is a [`WithdrawnRelease`]: fetch the release again.
+pub fn load_completed(release_dir: &Path) -> Result<Completed> {
+    let fetch_again = |why: String| {
+        WithdrawnRelease(format!("cannot activate {}: {why}; it will be fetched again", release_dir.display()))
     };
     match store::load::<Completed>(&release_dir.join(COMPLETE)) {
         Ok(Some(completed)) => Ok(completed),
-        Ok(None) => Err(again("it is not whole".to_owned()).into()),
+        Ok(None) => Err(fetch_again("it is incomplete".to_owned()).into()),
         Err(error) if error.chain().any(|cause| cause.is::<std::io::Error>()) => Err(error),
-        Err(error) => Err(again(format!("{error:#}")).into()),
+        Err(error) => Err(fetch_again(format!("{error:#}")).into()),
     }
 }
 
-/// Removes a release: first it no longer counts, then it is gone.
+/// Removes a release: first its `.complete`, so that it no longer counts, then the rest.
 pub fn discard(release_dir: &Path) -> Result<()> {
     store::ensure_nothing_mounted(release_dir)?;
     store::remove(&release_dir.join(COMPLETE))?;
@@ -101,24 +101,21 @@ mod tests {
     }
 
     #[test]
-    fn what_was_accepted_once_is_refused_by_a_higher_epoch_or_without_its_key() {
+    fn a_higher_epoch_or_a_removed_key_withdraws_a_release() {
         let (key, other) = (key(), key());
         let signed = release(3, Some(first(&key)));
         assert_eq!(signed.admit(3, &key), Ok(()));
         let error = signed.admit(4, &key).unwrap_err().to_string();
-        assert!(error.contains("of epoch 3, older than the 4") && error.contains("--epoch 4"), "{error}");
+        assert!(error.contains("epoch 3, lower than the 4") && error.contains("--epoch 4"), "{error}");
         let error = signed.admit(0, &other).unwrap_err().to_string();
-        assert!(
-            error.contains(&first(&key).id().to_string()) && error.contains("not trusted here any more"),
-            "{error}"
-        );
-        let revoked = other.telling_of(vec![(first(&key).id(), "aops-spm 2".to_owned())]);
+        assert!(error.contains(&first(&key).id().to_string()) && error.contains("no longer trusted here"), "{error}");
+        let revoked = other.with_revoked(vec![(first(&key).id(), "aops-spm 2".to_owned())]);
         let error = signed.admit(0, &revoked).unwrap_err().to_string();
         assert!(error.contains("was revoked by aops-spm 2"), "{error}");
     }
 
     #[test]
-    fn a_key_is_told_from_another_one_of_the_same_id() {
+    fn keys_with_the_same_id_are_distinguished() {
         use base64::Engine as _;
         use base64::prelude::BASE64_STANDARD;
         let (one, other) = (key(), key());
@@ -130,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_older_version_unpacked_stays_usable() {
+    fn a_release_unpacked_by_an_older_version_stays_usable() {
         let text = format!(r#"{{"file":"a-1_linux_amd64.zip","sha256":"{}","epoch":3}}"#, "ab".repeat(32));
         let old: Completed = serde_json::from_str(&text).unwrap();
         assert_eq!(old, release(3, None));

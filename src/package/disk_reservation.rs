@@ -1,7 +1,7 @@
-//! Room on the disk for packages that are fetched at the same time: what one was promised is not there for the next.
+//! Reserves disk space for concurrent fetches, so that two fetches do not count on the same free space.
 //!
-//! Two packages may each fit alone and not together. One of them then waits until another is done, and fails only where nobody is left to
-//! wait for. A package whose size nobody told claims more as it comes, and so does a tree that turns out larger than was thought.
+//! Two packages may each fit alone but not together. Then one waits until the other completes, and fails only if no other fetch can release
+//! space. A package of unknown size reserves more as it arrives, and so does a tree that is larger than estimated.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,48 +15,48 @@ use anyhow::{Context, Result};
 use crate::core::units::Size;
 use crate::platform;
 
-/// Left free for everybody else on the host, bytes.
-const RESERVE: u64 = 64 << 20;
-/// Room that a package needs for its archive and its tree, as a multiple of the archive.
+/// Bytes left free for everything else on the host.
+const HOST_RESERVE: u64 = 64 << 20;
+/// Space for a package's archive and tree, as a multiple of the archive's size.
 const PER_PACKAGE: u64 = 4;
-/// For a package whose size is not known, and for a tree that is larger than was thought, so many bytes are claimed at a time.
+/// Bytes reserved at a time for a package of unknown size, or a tree that is larger than estimated.
 const STEP: u64 = 16 << 20;
-/// How often who waits asks whether it is still worth it.
-const LOOK: Duration = Duration::from_millis(500);
+/// How often a waiting fetch checks for cancellation.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Asked by who waits; an error ends the waiting.
+/// Called while waiting; an error stops the wait.
 type StillWanted<'a> = dyn FnMut() -> Result<()> + 'a;
 
-/// What was promised to fetches that are under way.
+/// The reservations of all fetches in progress.
 #[derive(Debug, Default)]
 pub(super) struct DiskReservations {
-    promised: Mutex<Filesystem>,
+    table: Mutex<ReservationTable>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Filesystem {
+struct ReservationTable {
     last: u64,
-    claims: BTreeMap<u64, FetchReservation>,
+    fetches: BTreeMap<u64, FetchReservation>,
 }
 
 #[derive(Debug, Default)]
 struct FetchReservation {
-    /// Bytes that it was promised and has yet to write.
-    to_write: u64,
-    /// It was promised something, and gives back what is left of it at its end.
-    holds: bool,
-    /// It cannot go on, and so gives nothing back, before others do.
-    waits: bool,
+    /// Bytes reserved and not yet written.
+    unwritten: u64,
+    /// It has reserved space, which it releases when it completes.
+    holds_space: bool,
+    /// It waits for others to release space, and releases none before.
+    is_waiting: bool,
 }
 
-impl Filesystem {
+impl ReservationTable {
     fn others(&self, number: u64) -> impl Iterator<Item = &FetchReservation> {
-        self.claims.iter().filter(move |(other, _)| **other != number).map(|(_, claimed)| claimed)
+        self.fetches.iter().filter(move |(other, _)| **other != number).map(|(_, fetch)| fetch)
     }
 }
 
-/// There is no room, and nobody who will make any. It is this host that is to be looked after, not the package.
+/// Not enough disk space, and no other fetch will release any. The cause is this host, not the package.
 #[derive(Debug)]
 pub(super) struct InsufficientSpace(String);
 
@@ -69,37 +69,37 @@ impl fmt::Display for InsufficientSpace {
 impl std::error::Error for InsufficientSpace {}
 
 impl DiskReservations {
-    /// For one fetch; nothing is promised to it yet.
-    fn claim(&self) -> Reservation<'_> {
-        let mut promised = self.lock();
-        promised.last += 1;
-        let number = promised.last;
-        promised.claims.insert(number, FetchReservation::default());
-        Reservation { space: self, number }
+    /// Registers a fetch, with nothing reserved yet.
+    fn register(&self) -> Reservation<'_> {
+        let mut table = self.lock();
+        table.last += 1;
+        let number = table.last;
+        table.fetches.insert(number, FetchReservation::default());
+        Reservation { reservations: self, number }
     }
 
-    /// Bytes that are promised and not yet written.
+    /// Bytes reserved and not yet written, of all fetches.
     #[cfg(test)]
-    pub(super) fn promised(&self) -> u64 {
-        self.lock().claims.values().map(|claimed| claimed.to_write).sum()
+    pub(super) fn reserved(&self) -> u64 {
+        self.lock().fetches.values().map(|fetch| fetch.unwritten).sum()
     }
 
-    /// Held for a moment only, and nothing under it panics.
-    fn lock(&self) -> MutexGuard<'_, Filesystem> {
-        self.promised.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Held briefly; no code that holds it panics.
+    fn lock(&self) -> MutexGuard<'_, ReservationTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What one fetch was promised; given back when this is dropped.
+/// The reservation of one fetch, released when this is dropped.
 #[derive(Debug)]
 struct Reservation<'a> {
-    space: &'a DiskReservations,
+    reservations: &'a DiskReservations,
     number: u64,
 }
 
 impl Reservation<'_> {
-    /// Is promised room for so many bytes more, of which `free` says how many there are in `directory`; waits until `until` for others to
-    /// be done. One that fails gives back at once what it was promised.
+    /// Reserves `bytes` more. `free` returns the free space in `directory`. Waits until `until` for other fetches to release space; on
+    /// failure, releases all that this fetch has reserved.
     fn grow(
         &self,
         bytes: u64,
@@ -108,14 +108,14 @@ impl Reservation<'_> {
         until: Instant,
         still_wanted: &mut StillWanted<'_>,
     ) -> Result<()> {
-        let grown = self.grown(bytes, directory, free, until, still_wanted);
-        if grown.is_err() {
-            self.give_back();
+        let result = self.try_grow(bytes, directory, free, until, still_wanted);
+        if result.is_err() {
+            self.release();
         }
-        grown
+        result
     }
 
-    fn grown(
+    fn try_grow(
         &self,
         bytes: u64,
         directory: &Path,
@@ -123,123 +123,128 @@ impl Reservation<'_> {
         until: Instant,
         still_wanted: &mut StillWanted<'_>,
     ) -> Result<()> {
-        let mut promised = self.space.lock();
+        let mut table = self.reservations.lock();
         loop {
-            let there =
-                free().with_context(|| format!("cannot see how much space is free in {}", directory.display()))?;
-            let others: u64 = promised.others(self.number).map(|claimed| claimed.to_write).sum();
-            let own = promised.claims.get(&self.number).map_or(0, |claimed| claimed.to_write);
-            let needed = own.saturating_add(bytes).saturating_add(RESERVE);
-            if there >= needed.saturating_add(others) {
-                let claimed = promised.claims.entry(self.number).or_default();
-                *claimed = FetchReservation { to_write: own.saturating_add(bytes), holds: true, waits: false };
+            let available =
+                free().with_context(|| format!("cannot determine the free space in {}", directory.display()))?;
+            let others: u64 = table.others(self.number).map(|fetch| fetch.unwritten).sum();
+            let own = table.fetches.get(&self.number).map_or(0, |fetch| fetch.unwritten);
+            let needed = own.saturating_add(bytes).saturating_add(HOST_RESERVE);
+            if available >= needed.saturating_add(others) {
+                let fetch = table.fetches.entry(self.number).or_default();
+                *fetch =
+                    FetchReservation { unwritten: own.saturating_add(bytes), holds_space: true, is_waiting: false };
                 return Ok(());
             }
             let left = until.saturating_duration_since(Instant::now());
-            let is_hopeless = promised.others(self.number).all(|claimed| claimed.waits || !claimed.holds);
+            let is_hopeless = table.others(self.number).all(|fetch| fetch.is_waiting || !fetch.holds_space);
             if is_hopeless || left.is_zero() {
-                let beside = match others {
+                let for_others = match others {
                     0 => String::new(),
-                    others => format!(", and {} for others that are being fetched", rounded(others)),
+                    others => format!(", and {} for other downloads", rounded(others)),
                 };
                 let why = format!(
-                    "there is not enough space in {}: {} free, {} needed{beside}; free some there",
+                    "not enough disk space in {}: {} free, {} needed{for_others}; free some space there",
                     directory.display(),
-                    rounded(there),
+                    rounded(available),
                     rounded(needed)
                 );
                 return Err(InsufficientSpace(why).into());
             }
-            promised.claims.entry(self.number).or_default().waits = true;
-            promised =
-                self.space.changed.wait_timeout(promised, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
+            table.fetches.entry(self.number).or_default().is_waiting = true;
+            table = self
+                .reservations
+                .changed
+                .wait_timeout(table, left.min(CHECK_INTERVAL))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
             still_wanted()?;
         }
     }
 
-    /// So many bytes of what it was promised do not lie on the disk yet.
-    fn has_to_write(&self, bytes: u64) {
-        if let Some(claimed) = self.space.lock().claims.get_mut(&self.number) {
-            claimed.to_write = bytes;
+    /// Sets how many of the reserved bytes are not written yet.
+    fn set_unwritten(&self, bytes: u64) {
+        if let Some(fetch) = self.reservations.lock().fetches.get_mut(&self.number) {
+            fetch.unwritten = bytes;
         }
     }
 
-    fn give_back(&self) {
-        self.space.lock().claims.remove(&self.number);
-        self.space.changed.notify_all();
+    fn release(&self) {
+        self.reservations.lock().fetches.remove(&self.number);
+        self.reservations.changed.notify_all();
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        self.give_back();
+        self.release();
     }
 }
 
-/// The room for one package, from its first byte to its unpacked tree.
+/// The space for one package, from its first byte to its unpacked tree.
 #[derive(Debug)]
 pub(super) struct PackageSpace<'a> {
-    claim: Reservation<'a>,
+    reservation: Reservation<'a>,
     directory: &'a Path,
     until: Instant,
-    /// What was promised in all.
-    promised: u64,
-    /// What of that lies on the disk, of the archive and of its tree.
+    /// Total reserved.
+    reserved: u64,
+    /// Bytes of the archive and of the tree that are written.
     archive: u64,
     tree: u64,
 }
 
 impl<'a> PackageSpace<'a> {
-    /// None yet, on the file system of `directory`. For more, others are waited for until `until`.
-    pub(super) fn new(space: &'a DiskReservations, directory: &'a Path, until: Instant) -> PackageSpace<'a> {
-        PackageSpace { claim: space.claim(), directory, until, promised: 0, archive: 0, tree: 0 }
+    /// Reserves nothing yet, on the file system of `directory`. Later reservations wait until `until` for others.
+    pub(super) fn new(reservations: &'a DiskReservations, directory: &'a Path, until: Instant) -> PackageSpace<'a> {
+        PackageSpace { reservation: reservations.register(), directory, until, reserved: 0, archive: 0, tree: 0 }
     }
 
-    /// Sees to it that a package of so many bytes fits, with its tree.
-    pub(super) fn fit(&mut self, package: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
-        self.promise(package.saturating_mul(PER_PACKAGE), still_wanted)
+    /// Reserves space for a package of this size and its tree.
+    pub(super) fn reserve(&mut self, package: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        self.reserve_total(package.saturating_mul(PER_PACKAGE), still_wanted)
     }
 
-    /// As [`PackageSpace::fit`], for one whose size is not known: so many bytes of it, and some more.
-    pub(super) fn fit_more(&mut self, come: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
-        let needed = come.saturating_mul(PER_PACKAGE);
-        if needed > self.promised {
-            self.promise(needed.saturating_add(STEP), still_wanted)?;
+    /// Like [`PackageSpace::reserve`], for a package of unknown size of which `received` bytes have arrived: reserves ahead.
+    pub(super) fn reserve_more(&mut self, received: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        let needed = received.saturating_mul(PER_PACKAGE);
+        if needed > self.reserved {
+            self.reserve_total(needed.saturating_add(STEP), still_wanted)?;
         }
         Ok(())
     }
 
-    /// So many bytes of the archive lie on the disk.
-    pub(super) fn has_archive(&mut self, bytes: u64) {
+    /// Sets how many bytes of the archive are written.
+    pub(super) fn set_archive(&mut self, bytes: u64) {
         self.archive = bytes;
-        self.tell();
+        self.update();
     }
 
-    /// So many bytes more of the tree will lie there next.
-    pub(super) fn unpacks(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
-        let there = self.archive.saturating_add(self.tree).saturating_add(bytes);
-        if there > self.promised {
-            self.promise(there.saturating_add(STEP), still_wanted)?;
+    /// Accounts for `bytes` of the tree that will be written next.
+    pub(super) fn reserve_tree(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        let written = self.archive.saturating_add(self.tree).saturating_add(bytes);
+        if written > self.reserved {
+            self.reserve_total(written.saturating_add(STEP), still_wanted)?;
         }
         self.tree = self.tree.saturating_add(bytes);
-        self.tell();
+        self.update();
         Ok(())
     }
 
-    fn promise(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
-        // What lies there already needs no room.
-        let more = bytes.saturating_sub(self.promised.max(self.archive.saturating_add(self.tree)));
-        if bytes > self.promised {
+    fn reserve_total(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        // Bytes that are already written need no reservation.
+        let more = bytes.saturating_sub(self.reserved.max(self.archive.saturating_add(self.tree)));
+        if bytes > self.reserved {
             let directory = self.directory;
             let mut free = || platform::free_space(directory);
-            self.claim.grow(more, directory, &mut free, self.until, still_wanted)?;
-            self.promised = bytes;
+            self.reservation.grow(more, directory, &mut free, self.until, still_wanted)?;
+            self.reserved = bytes;
         }
         Ok(())
     }
 
-    fn tell(&self) {
-        self.claim.has_to_write(self.promised.saturating_sub(self.archive.saturating_add(self.tree)));
+    fn update(&self) {
+        self.reservation.set_unwritten(self.reserved.saturating_sub(self.archive.saturating_add(self.tree)));
     }
 }
 
@@ -257,142 +262,142 @@ pub(super) mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// What is told where there is no room.
-    pub(in crate::package) fn short() -> anyhow::Error {
-        claim(&DiskReservations::default(), 0, 1, soon()).unwrap_err()
+    /// The error for insufficient space.
+    pub(in crate::package) fn insufficient_space() -> anyhow::Error {
+        reservation(&DiskReservations::default(), 0, 1, soon()).unwrap_err()
     }
 
-    /// Promises all room that there is to somebody else, until it is dropped.
-    pub(in crate::package) fn all_taken(space: &DiskReservations) -> impl Drop + '_ {
-        let claim = space.claim();
-        space
-            .lock()
-            .claims
-            .insert(claim.number, FetchReservation { to_write: u64::MAX / 2, holds: true, waits: false });
-        claim
+    /// Reserves all space for another fetch, until it is dropped.
+    pub(in crate::package) fn reserve_everything(reservations: &DiskReservations) -> impl Drop + '_ {
+        let reservation = reservations.register();
+        reservations.lock().fetches.insert(
+            reservation.number,
+            FetchReservation { unwritten: u64::MAX / 2, holds_space: true, is_waiting: false },
+        );
+        reservation
     }
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
     }
 
-    fn grow(claim: &Reservation<'_>, free: u64, bytes: u64, until: Instant) -> Result<()> {
-        claim.grow(bytes, Path::new("/x"), &mut || Ok(free), until, &mut || Ok(()))
+    fn grow(reservation: &Reservation<'_>, free: u64, bytes: u64, until: Instant) -> Result<()> {
+        reservation.grow(bytes, Path::new("/x"), &mut || Ok(free), until, &mut || Ok(()))
     }
 
-    fn claim(space: &DiskReservations, free: u64, bytes: u64, until: Instant) -> Result<Reservation<'_>> {
-        let claim = space.claim();
-        grow(&claim, free, bytes, until).map(|()| claim)
+    fn reservation(reservations: &DiskReservations, free: u64, bytes: u64, until: Instant) -> Result<Reservation<'_>> {
+        let reservation = reservations.register();
+        grow(&reservation, free, bytes, until).map(|()| reservation)
     }
 
-    /// One that is seen to wait, once it does.
-    fn waits_for(space: &DiskReservations, number: u64) {
-        while !space.lock().claims.get(&number).is_some_and(|claimed| claimed.waits) {
+    /// Returns when that fetch waits.
+    fn wait_until_waiting(reservations: &DiskReservations, number: u64) {
+        while !reservations.lock().fetches.get(&number).is_some_and(|fetch| fetch.is_waiting) {
             std::thread::yield_now();
         }
     }
 
     #[test]
-    fn what_does_not_fit_alone_is_refused_at_once_with_the_figures() {
-        let space = DiskReservations::default();
-        // Who is promised nothing yet is none to wait for.
-        let (_idle, began) = (space.claim(), Instant::now());
-        let error = claim(&space, 100 * MIB, 40 * MIB, soon()).unwrap_err();
-        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    fn a_package_that_does_not_fit_alone_fails_at_once_with_the_sizes() {
+        let reservations = DiskReservations::default();
+        // A fetch without a reservation releases nothing, so it is not waited for.
+        let (_idle, start) = (reservations.register(), Instant::now());
+        let error = reservation(&reservations, 100 * MIB, 40 * MIB, soon()).unwrap_err();
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
         assert!(error.is::<InsufficientSpace>());
-        assert_eq!(error.to_string(), "there is not enough space in /x: 100MiB free, 104MiB needed; free some there");
-        claim(&space, 104 * MIB, 40 * MIB, soon()).unwrap();
-        assert!(claim(&space, u64::MAX - 1, u64::MAX, soon()).is_err());
+        assert_eq!(error.to_string(), "not enough disk space in /x: 100MiB free, 104MiB needed; free some space there");
+        reservation(&reservations, 104 * MIB, 40 * MIB, soon()).unwrap();
+        assert!(reservation(&reservations, u64::MAX - 1, u64::MAX, soon()).is_err());
     }
 
     #[test]
-    fn two_that_fit_alone_but_not_together_take_turns() {
-        let (space, free) = (DiskReservations::default(), AtomicU64::new(120 * MIB));
+    fn two_fetches_that_do_not_fit_together_run_one_after_the_other() {
+        let (reservations, free) = (DiskReservations::default(), AtomicU64::new(120 * MIB));
         let first_is_done = AtomicBool::new(false);
-        let first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
-        let error = claim(&space, 120 * MIB, 40 * MIB, Instant::now()).unwrap_err().to_string();
-        assert!(error.contains("40MiB for others"), "{error}");
-        // What the first has written is not promised to it any more, and not free either.
-        first.has_to_write(10 * MIB);
-        assert!(claim(&space, 90 * MIB, 40 * MIB, Instant::now()).is_err());
-        let second = space.claim();
+        let first = reservation(&reservations, 120 * MIB, 40 * MIB, soon()).unwrap();
+        let error = reservation(&reservations, 120 * MIB, 40 * MIB, Instant::now()).unwrap_err().to_string();
+        assert!(error.contains("40MiB for other downloads"), "{error}");
+        // Bytes that the first has written are no longer reserved, and not free either.
+        first.set_unwritten(10 * MIB);
+        assert!(reservation(&reservations, 90 * MIB, 40 * MIB, Instant::now()).is_err());
+        let second = reservations.register();
         std::thread::scope(|scope| {
             let number = second.number;
             let waiting = scope.spawn(|| {
                 let mut free = || Ok(free.load(Ordering::SeqCst));
-                let grown = second.grow(90 * MIB, Path::new("/x"), &mut free, soon(), &mut || Ok(()));
+                let result = second.grow(90 * MIB, Path::new("/x"), &mut free, soon(), &mut || Ok(()));
                 assert!(first_is_done.load(Ordering::SeqCst));
-                grown
+                result
             });
-            waits_for(&space, number);
+            wait_until_waiting(&reservations, number);
             free.store(160 * MIB, Ordering::SeqCst);
             first_is_done.store(true, Ordering::SeqCst);
             drop(first);
             waiting.join().unwrap().unwrap();
         });
-        assert_eq!(space.promised(), 90 * MIB);
+        assert_eq!(reservations.reserved(), 90 * MIB);
     }
 
     #[test]
-    fn of_two_that_wait_for_each_other_one_gives_way_at_once() {
-        let space = DiskReservations::default();
-        let first = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
-        let second = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
+    fn of_two_fetches_that_wait_for_each_other_one_fails_at_once() {
+        let reservations = DiskReservations::default();
+        let first = reservation(&reservations, 200 * MIB, 60 * MIB, soon()).unwrap();
+        let second = reservation(&reservations, 200 * MIB, 60 * MIB, soon()).unwrap();
         std::thread::scope(|scope| {
             let number = first.number;
             let waiting = scope.spawn(|| grow(&first, 200 * MIB, 40 * MIB, soon()));
-            waits_for(&space, number);
+            wait_until_waiting(&reservations, number);
             let error = grow(&second, 200 * MIB, 40 * MIB, soon()).unwrap_err().to_string();
-            assert!(error.contains("164MiB needed, and 60MiB for others"), "{error}");
-            // It gave back what it had before it is gone, and the other one goes on.
+            assert!(error.contains("164MiB needed, and 60MiB for other downloads"), "{error}");
+            // It has released its reservation already, so the other one continues.
             waiting.join().unwrap().unwrap();
         });
-        assert_eq!(space.promised(), 100 * MIB);
+        assert_eq!(reservations.reserved(), 100 * MIB);
     }
 
     #[test]
-    fn who_is_not_wanted_any_more_does_not_wait() {
-        let space = DiskReservations::default();
-        let _first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
-        let second = space.claim();
-        let mut asked = 0;
+    fn a_cancelled_fetch_does_not_wait() {
+        let reservations = DiskReservations::default();
+        let _first = reservation(&reservations, 120 * MIB, 40 * MIB, soon()).unwrap();
+        let second = reservations.register();
+        let mut calls = 0;
         let mut still_wanted = || {
-            asked += 1;
-            if asked > 1 { bail!("not wanted") } else { Ok(()) }
+            calls += 1;
+            if calls > 1 { bail!("not wanted") } else { Ok(()) }
         };
         let mut free = || Ok(120 * MIB);
         let error = second.grow(40 * MIB, Path::new("/x"), &mut free, soon(), &mut still_wanted).unwrap_err();
-        assert_eq!((error.to_string().as_str(), asked), ("not wanted", 2));
-        assert_eq!(space.promised(), 40 * MIB);
+        assert_eq!((error.to_string().as_str(), calls), ("not wanted", 2));
+        assert_eq!(reservations.reserved(), 40 * MIB);
     }
 
     #[test]
-    fn room_is_seen_to_as_a_package_and_its_tree_grow() {
-        let (space, place) = (DiskReservations::default(), std::env::temp_dir());
-        let mut room = PackageSpace::new(&space, &place, soon());
+    fn the_reservation_grows_with_the_package_and_its_tree() {
+        let (reservations, directory) = (DiskReservations::default(), std::env::temp_dir());
+        let mut space = PackageSpace::new(&reservations, &directory, soon());
         let wanted: &mut StillWanted<'_> = &mut || Ok(());
-        // Known beforehand, and some of it there already.
-        room.has_archive(100);
-        room.fit(1000, wanted).unwrap();
-        room.fit(1000, wanted).unwrap();
-        assert_eq!(space.promised(), 3900);
-        room.has_archive(1000);
-        room.unpacks(2500, wanted).unwrap();
-        assert_eq!(space.promised(), 500);
-        // A tree larger than was thought: the rest was not promised to others either.
-        room.unpacks(600, wanted).unwrap();
-        assert_eq!(space.promised(), STEP);
-        // It comes once more, from its beginning.
-        room.has_archive(0);
-        assert_eq!(space.promised(), STEP + 1000);
-        drop(room);
-        assert_eq!(space.promised(), 0);
+        // Known size, partly received.
+        space.set_archive(100);
+        space.reserve(1000, wanted).unwrap();
+        space.reserve(1000, wanted).unwrap();
+        assert_eq!(reservations.reserved(), 3900);
+        space.set_archive(1000);
+        space.reserve_tree(2500, wanted).unwrap();
+        assert_eq!(reservations.reserved(), 500);
+        // The tree is larger than estimated: reserve more.
+        space.reserve_tree(600, wanted).unwrap();
+        assert_eq!(reservations.reserved(), STEP);
+        // The download restarts.
+        space.set_archive(0);
+        assert_eq!(reservations.reserved(), STEP + 1000);
+        drop(space);
+        assert_eq!(reservations.reserved(), 0);
 
-        // Nobody told its size.
-        let mut room = PackageSpace::new(&space, &place, soon());
-        for (come, promised) in [(1, 4 + STEP), (STEP / 4 + 1, 4 + STEP), (STEP / 4 + 2, 8 + 2 * STEP)] {
-            room.fit_more(come, wanted).unwrap();
-            assert_eq!(space.promised(), promised, "{come}");
+        // Unknown size.
+        let mut space = PackageSpace::new(&reservations, &directory, soon());
+        for (received, reserved) in [(1, 4 + STEP), (STEP / 4 + 1, 4 + STEP), (STEP / 4 + 2, 8 + 2 * STEP)] {
+            space.reserve_more(received, wanted).unwrap();
+            assert_eq!(reservations.reserved(), reserved, "{received}");
         }
     }
 }

@@ -1,9 +1,9 @@
-//! Brings a package's archive and its signature onto this host, over networks that break.
+//! Downloads a package's archive and signature over unreliable networks.
 //!
-//! A download that was cut goes on where it stopped, in this run or in a later one, if the other end still has the very same file: its
-//! ETag is kept beside the part and sent as `If-Range`. Another source may know the same file by another ETag: where size and hash were
-//! announced, it is asked for the rest all the same. What is no part of that file (a page of somebody in between, another size) does not
-//! touch what is there. The bytes are judged by [`super::verify`] as they come; what was put together wrongly costs one more download.
+//! An interrupted download is resumed, in this run or a later one, if the server still has the same file: its ETag is kept beside the
+//! partial file and sent as `If-Range`. Another source may have a different ETag for the same file; if size and hash were announced, the
+//! rest is requested without `If-Range`. A response that is not part of the file (an HTML page of a proxy, a wrong size) leaves the partial
+//! file unchanged. [`super::verify`] verifies the bytes as they arrive, so a wrongly combined file costs one more download.
 
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -21,32 +21,32 @@ use crate::endpoint::{self, HttpResponse};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// Tries at a download that breaks without getting further.
-const TRIES: u32 = 5;
-/// A try that brought as much as this was worth it, and does not count.
-const WORTHWHILE_BYTES: u64 = 1 << 20;
-/// Tries in all: one who always sends the same megabyte is not listened to for ever.
-const TRIES_IN_ALL: u32 = 100;
-const FIRST_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 250 });
-/// A source that asks to be left alone for longer is left to a later fetch.
-const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// Consecutive attempts without progress.
+const MAX_FRUITLESS_ATTEMPTS: u32 = 5;
+/// An attempt that received at least this much counts as progress.
+const PROGRESS_BYTES: u64 = 1 << 20;
+/// Total attempts, against a server that always sends the same megabyte.
+const MAX_ATTEMPTS: u32 = 100;
+const FIRST_DELAY: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 250 });
+/// A source with a longer `Retry-After` is left to a later fetch.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 
-/// Why a source did not give what was wanted.
+/// Why a source failed to deliver.
 #[derive(Debug)]
 pub(super) enum SourceFailure {
-    /// Another source may.
+    /// Another source may succeed.
     Source { error: anyhow::Error, retry_after: Option<Duration> },
-    /// Its time is over; what came is kept.
-    Late(anyhow::Error),
-    /// What it gave is not what was signed; another source may have it, or the same one the next time.
+    /// The time limit of the source is over; the bytes received are kept.
+    TimedOut(anyhow::Error),
+    /// The data does not match the signature; another source, or another download, may be good.
     Damaged(anyhow::Error),
-    /// The reason lies on this host: no other source would help.
+    /// The cause is on this host: another source would not help.
     Host(anyhow::Error),
 }
 
 impl From<DownloadCancelled> for SourceFailure {
-    fn from(unwanted: DownloadCancelled) -> SourceFailure {
-        SourceFailure::Host(unwanted.into())
+    fn from(cancelled: DownloadCancelled) -> SourceFailure {
+        SourceFailure::Host(cancelled.into())
     }
 }
 
@@ -56,17 +56,17 @@ impl SourceFailure {
     }
 }
 
-/// Why a try failed.
+/// Why an attempt failed.
 enum TryFailure {
-    /// Another try may get further: how far this one got, and how long to wait if the other end said so.
-    Cut { error: anyhow::Error, brought: u64, pause: Option<Duration> },
-    /// Another try would fail as well.
+    /// Another attempt may get further: bytes received by this one, and the server's `Retry-After`.
+    Retryable { error: anyhow::Error, received: u64, retry_after: Option<Duration> },
+    /// Another attempt would fail as well.
     Final(SourceFailure),
 }
 
 impl TryFailure {
-    fn cut(error: anyhow::Error) -> TryFailure {
-        TryFailure::Cut { error, brought: 0, pause: None }
+    fn retryable(error: anyhow::Error) -> TryFailure {
+        TryFailure::Retryable { error, received: 0, retry_after: None }
     }
 
     fn source(error: anyhow::Error) -> TryFailure {
@@ -79,167 +79,168 @@ impl TryFailure {
 }
 
 impl From<DownloadCancelled> for TryFailure {
-    fn from(unwanted: DownloadCancelled) -> TryFailure {
-        TryFailure::Final(unwanted.into())
+    fn from(cancelled: DownloadCancelled) -> TryFailure {
+        TryFailure::Final(cancelled.into())
     }
 }
 
-/// What is downloaded, and within what.
+/// What to download, from where, and the time limit.
 pub(super) struct Download<'a> {
-    pub(super) means: &'a FetchContext<'a>,
+    pub(super) context: &'a FetchContext<'a>,
     pub(super) source: &'a PackageSource,
     pub(super) file: &'a str,
-    pub(super) wanted: &'a PackageRequest,
-    /// So long the source has, which is over at `until`.
+    pub(super) request: &'a PackageRequest,
+    /// The time limit of the source, which ends at `until`.
     pub(super) time: Duration,
     pub(super) until: Instant,
 }
 
 impl Download<'_> {
-    fn is_late(&self) -> bool {
+    fn is_timed_out(&self) -> bool {
         Instant::now() >= self.until
     }
 
-    /// What is told of a source that took too long.
-    fn late(&self) -> String {
-        let within = self.means.within;
-        // It had all of the time, but for what went by before.
-        let share = match self.time + within / 20 >= within {
-            true => format!("{} (downloadTimeout)", Span(within)),
-            false => format!("{}, its share of {} (downloadTimeout)", Span(to_a_tenth(self.time)), Span(within)),
+    /// The error text after the time limit.
+    fn timeout_text(&self) -> String {
+        let timeout = self.context.timeout;
+        // The source had nearly all of the time.
+        let share = match self.time + timeout / 20 >= timeout {
+            true => format!("{} (downloadTimeout)", Span(timeout)),
+            false => format!("{}, its share of {} (downloadTimeout)", Span(rounded(self.time)), Span(timeout)),
         };
-        format!("it did not come from {} within {share}", self.source)
+        format!("the download from {} did not complete within {share}", self.source)
     }
 }
 
-fn to_a_tenth(time: Duration) -> Duration {
+fn rounded(time: Duration) -> Duration {
     match time < Duration::from_secs(10) {
         true => Duration::from_millis(time.as_millis() as u64 / 100 * 100),
         false => Duration::from_secs(time.as_secs()),
     }
 }
 
-/// Downloads a package's signature, which is text at least.
-pub(super) fn signature(download: &Download<'_>, watch: &mut DownloadProgress<'_>) -> Result<String, SourceFailure> {
-    let Download { means, source, until, .. } = *download;
+/// Downloads a package's signature file, which must be text.
+pub(super) fn signature(download: &Download<'_>, progress: &mut DownloadProgress<'_>) -> Result<String, SourceFailure> {
+    let Download { context, source, until, .. } = *download;
     let name = format!("{}{SIGNATURE_SUFFIX}", download.file);
-    persistently(&name, download, watch, |_| {
-        let reply = answered(source.get(means, &name, &[], until), source.last)?;
+    with_retries(&name, download, progress, |_| {
+        let reply = retryable_if(source.get(context, &name, &[], until), source.last)?;
         match reply.status() {
-            200 if reply.is_page() => Err(TryFailure::cut(source.hidden("HTML"))),
+            200 if reply.is_html() => Err(TryFailure::retryable(source.intercepted("HTML"))),
             200 => {
-                let bytes = reply.bytes(MAX_SIGNATURE_BYTES).map_err(TryFailure::cut)?;
-                let text =
-                    String::from_utf8(bytes).context("its signature file is not text").map_err(TryFailure::cut)?;
+                let bytes = reply.bytes(MAX_SIGNATURE_BYTES).map_err(TryFailure::retryable)?;
+                let text = String::from_utf8(bytes)
+                    .context("the signature file is not text")
+                    .map_err(TryFailure::retryable)?;
                 match text.trim_start().starts_with('<') {
-                    true => Err(TryFailure::cut(source.hidden("no signature, but markup"))),
+                    true => Err(TryFailure::retryable(source.intercepted("markup instead of a signature"))),
                     false => Ok(text),
                 }
             }
-            404 | 410 => Err(TryFailure::source(source.lacks(&name))),
-            _ => Err(refused(reply)),
+            404 | 410 => Err(TryFailure::source(source.not_found(&name))),
+            _ => Err(status_error(reply)),
         }
     })
 }
 
-/// Downloads a package into its part, until it is whole.
+/// Downloads the rest of a package into its partial file.
 pub(super) fn archive(
     download: &Download<'_>,
     part: &mut PartialDownload<'_>,
-    room: &mut PackageSpace<'_>,
-    watch: &mut DownloadProgress<'_>,
+    space: &mut PackageSpace<'_>,
+    progress: &mut DownloadProgress<'_>,
 ) -> Result<(), SourceFailure> {
-    let Download { means, source, file, wanted, until, .. } = *download;
-    room.has_archive(part.have());
-    if let Some(size) = wanted.size {
-        let most = MAX_PACKAGE_BYTES;
-        if size > most {
+    let Download { context, source, file, request, until, .. } = *download;
+    space.set_archive(part.size());
+    if let Some(size) = request.size {
+        let limit = MAX_PACKAGE_BYTES;
+        if size > limit {
             return Err(SourceFailure::source(
-                anyhow!("it has {size} bytes, more than {most}").context(PackageRejected),
+                anyhow!("the package has {size} bytes, more than the limit of {limit}").context(PackageRejected),
             ));
         }
-        fit(size, room, watch)?;
+        reserve(size, space, progress)?;
     }
-    let is_known = wanted.size.is_some() && wanted.sha256.is_some();
-    let mut by = Resume::IfSame;
-    persistently(file, download, watch, |watch| {
-        if wanted.size.is_some_and(|size| size == part.have()) {
+    let is_announced = request.size.is_some() && request.sha256.is_some();
+    let mut mode = ResumeMode::SameEtag;
+    with_retries(file, download, progress, |progress| {
+        if request.size.is_some_and(|size| size == part.size()) {
             return Ok(());
         }
-        if by == Resume::IfSame && part.have() > 0 && part.resumable().is_none() && is_known {
-            by = Resume::Blindly;
+        if mode == ResumeMode::SameEtag && part.size() > 0 && part.resumable().is_none() && is_announced {
+            mode = ResumeMode::AnyEtag;
         }
-        let etag = part.resumable().map(|(_, etag)| etag).filter(|_| by == Resume::IfSame);
-        let have = if etag.is_some() || by == Resume::Blindly { part.have() } else { 0 };
-        let range = format!("bytes={have}-");
+        let etag = part.resumable().map(|(_, etag)| etag).filter(|_| mode == ResumeMode::SameEtag);
+        let offset = if etag.is_some() || mode == ResumeMode::AnyEtag { part.size() } else { 0 };
+        let range = format!("bytes={offset}-");
         let headers = [("range", range.as_str()), ("if-range", etag.unwrap_or_default())];
-        let headers = &headers[..usize::from(have > 0) + usize::from(etag.is_some())];
-        let reply = answered(source.get(means, file, headers, until), source.last || have > 0)?;
+        let headers = &headers[..usize::from(offset > 0) + usize::from(etag.is_some())];
+        let reply = retryable_if(source.get(context, file, headers, until), source.last || offset > 0)?;
         match reply.status() {
-            200 | 206 if reply.is_page() => Err(TryFailure::cut(source.hidden("HTML"))),
-            200 if etag.is_some() && is_known => {
-                by = Resume::Blindly;
-                Err(TryFailure::cut(anyhow!(
-                    "{source} knows {file} by another ETag, and is asked for the rest of it anyway"
+            200 | 206 if reply.is_html() => Err(TryFailure::retryable(source.intercepted("HTML"))),
+            200 if etag.is_some() && is_announced => {
+                mode = ResumeMode::AnyEtag;
+                Err(TryFailure::retryable(anyhow!(
+                    "{source} has a different ETag for {file}; requesting the rest without If-Range"
                 )))
             }
-            // One who does not even say how much it is has no right to what is there.
-            200 if have > 0 && reply.length().is_none() && is_known => {
-                Err(TryFailure::cut(anyhow!("{source} answers with something else, of no stated length")))
-            }
+            // A response without even a length must not replace the bytes received so far.
+            200 if offset > 0 && reply.length().is_none() && is_announced => Err(TryFailure::retryable(anyhow!(
+                "{source} answered a range request with a whole file of unknown length"
+            ))),
             200 => {
                 let total = reply.length();
-                fits(total, wanted)?;
-                part.begin(reply.header("etag"), &source.directory.origin()).map_err(TryFailure::host)?;
-                room.has_archive(0);
-                receive(download, reply, total, part, room, watch)
+                ensure_announced_size(total, request)?;
+                part.restart(reply.header("etag"), &source.directory.origin()).map_err(TryFailure::host)?;
+                space.set_archive(0);
+                receive(download, reply, total, part, space, progress)
             }
             206 => {
-                let is_rest = |range: &ContentRange| match by {
-                    Resume::IfSame => is_same(&reply, part, source),
-                    Resume::Blindly => range.total == wanted.size,
-                    Resume::Never => false,
+                let is_rest = |range: &ContentRange| match mode {
+                    ResumeMode::SameEtag => is_same_file(&reply, part, source),
+                    ResumeMode::AnyEtag => range.total == request.size,
+                    ResumeMode::FromStart => false,
                 };
-                match range_of(&reply).filter(|range| have > 0 && range.from == have && is_rest(range)) {
+                match content_range(&reply).filter(|range| offset > 0 && range.from == offset && is_rest(range)) {
                     Some(ContentRange { total, .. }) => {
-                        fits(total, wanted)?;
-                        part.go_on(&source.directory.origin());
-                        receive(download, reply, total, part, room, watch)
+                        ensure_announced_size(total, request)?;
+                        part.continue_from(&source.directory.origin());
+                        receive(download, reply, total, part, space, progress)
                     }
                     None => {
-                        by = Resume::Never;
-                        Err(unresumable(part, source, file))
+                        mode = ResumeMode::FromStart;
+                        Err(cannot_resume(part, source, file))
                     }
                 }
             }
-            // All of it was there already.
-            416 if have > 0 && reply.header("content-range") == Some(format!("bytes */{have}").as_str()) => Ok(()),
+            // All bytes were received already.
+            416 if offset > 0 && reply.header("content-range") == Some(format!("bytes */{offset}").as_str()) => Ok(()),
             416 => {
-                by = Resume::Never;
-                Err(unresumable(part, source, file))
+                mode = ResumeMode::FromStart;
+                Err(cannot_resume(part, source, file))
             }
-            404 | 410 => Err(TryFailure::source(source.lacks(file))),
-            _ => Err(refused(reply)),
+            404 | 410 => Err(TryFailure::source(source.not_found(file))),
+            _ => Err(status_error(reply)),
         }
     })?;
-    // Its size may be known only now.
-    fit(part.have(), room, watch)
+    // The size may be known only now.
+    reserve(part.size(), space, progress)
 }
 
-/// How a download is gone on with.
+/// How an interrupted download continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Resume {
-    /// If the source has the very file that was begun with, by its ETag.
-    IfSame,
-    /// Whatever the source calls it: what it must be is known.
-    Blindly,
-    /// From its first byte.
-    Never,
+enum ResumeMode {
+    /// If the source's ETag is that of the partial file.
+    SameEtag,
+    /// Whatever ETag the source has: size and hash are known.
+    AnyEtag,
+    /// From the first byte.
+    FromStart,
 }
 
-/// Whether an answer is of the file that a part is of. Who sent none of it must say so: one who does not know `If-Range` sends the rest of
-/// some other file, and that is found out only at its end.
-fn is_same(reply: &HttpResponse, part: &PartialDownload<'_>, source: &PackageSource) -> bool {
+/// Whether a range response belongs to the same file as the partial one. Another origin must confirm the ETag: a server that ignores
+/// `If-Range` could send the rest of a different file, which would be noticed only at the end.
+fn is_same_file(reply: &HttpResponse, part: &PartialDownload<'_>, source: &PackageSource) -> bool {
     let known = part.resumable().map(|(_, etag)| etag);
     match reply.header("etag") {
         Some(etag) => Some(etag) == known,
@@ -247,67 +248,74 @@ fn is_same(reply: &HttpResponse, part: &PartialDownload<'_>, source: &PackageSou
     }
 }
 
-fn unresumable(part: &mut PartialDownload<'_>, source: &PackageSource, file: &str) -> TryFailure {
-    part.forget();
-    TryFailure::cut(anyhow!("{} cannot resume the download of {file}", source.directory.origin()))
+fn cannot_resume(part: &mut PartialDownload<'_>, source: &PackageSource, file: &str) -> TryFailure {
+    part.forget_etag();
+    TryFailure::retryable(anyhow!(
+        "{} cannot resume the download of {file}; downloading it from the start",
+        source.directory.origin()
+    ))
 }
 
-/// What does not have the announced size is something else.
-fn fits(total: Option<u64>, wanted: &PackageRequest) -> Result<(), TryFailure> {
-    match (total, wanted.size) {
-        (Some(total), Some(announced)) if total != announced => Err(TryFailure::cut(
-            anyhow!("it has {total} bytes where {announced} were announced").context(PackageRejected),
+/// Rejects a response whose size differs from the announced one, or exceeds the limit.
+fn ensure_announced_size(total: Option<u64>, request: &PackageRequest) -> Result<(), TryFailure> {
+    match (total, request.size) {
+        (Some(total), Some(announced)) if total != announced => Err(TryFailure::retryable(
+            anyhow!("the size is {total} bytes, but {announced} were announced").context(PackageRejected),
         )),
         (Some(total), None) if total > MAX_PACKAGE_BYTES => Err(TryFailure::source(
-            anyhow!("it has {total} bytes, more than {MAX_PACKAGE_BYTES}").context(PackageRejected),
+            anyhow!("the package has {total} bytes, more than the limit of {MAX_PACKAGE_BYTES}")
+                .context(PackageRejected),
         )),
         _ => Ok(()),
     }
 }
 
-fn fit(size: u64, room: &mut PackageSpace<'_>, watch: &mut DownloadProgress<'_>) -> Result<(), SourceFailure> {
-    room.fit(size, &mut || Ok(watch.still_wanted()?)).map_err(SourceFailure::Host)
+fn reserve(size: u64, space: &mut PackageSpace<'_>, progress: &mut DownloadProgress<'_>) -> Result<(), SourceFailure> {
+    space.reserve(size, &mut || Ok(progress.still_wanted()?)).map_err(SourceFailure::Host)
 }
 
-/// Writes a body behind what is there of it.
+/// Appends a response body to the partial file.
 fn receive(
     download: &Download<'_>,
     reply: HttpResponse,
     total: Option<u64>,
     part: &mut PartialDownload<'_>,
-    room: &mut PackageSpace<'_>,
-    watch: &mut DownloadProgress<'_>,
+    space: &mut PackageSpace<'_>,
+    progress: &mut DownloadProgress<'_>,
 ) -> Result<(), TryFailure> {
-    let Download { means, wanted, .. } = *download;
-    let total = total.or(wanted.size);
+    let Download { context, request, .. } = *download;
+    let total = total.or(request.size);
     let limit = total.unwrap_or(MAX_PACKAGE_BYTES);
-    let at = part.have();
+    let start = part.size();
     if let Some(total) = total {
-        fit(total, room, watch).map_err(TryFailure::Final)?;
+        reserve(total, space, progress).map_err(TryFailure::Final)?;
     }
     let mut reader = reply.reader();
     let mut chunk = vec![0; CHUNK_BYTES];
-    watch.at(at, total)?;
+    progress.report(start, total)?;
     loop {
         let (amount, done) = match reader.read(&mut chunk) {
-            Ok(amount) => (amount, part.have() + amount as u64),
+            Ok(amount) => (amount, part.size() + amount as u64),
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => {
-                let done = part.have();
-                let error = anyhow::Error::new(error).context(format!("the download broke off after {done} bytes"));
-                return Err(TryFailure::Cut { error, brought: done - at, pause: None });
+                let done = part.size();
+                let error =
+                    anyhow::Error::new(error).context(format!("the download was interrupted after {done} bytes"));
+                return Err(TryFailure::Retryable { error, received: done - start, retry_after: None });
             }
         };
         if amount == 0 {
             break;
         }
         if done > limit {
-            // Whatever else it sends is no part of the package, and nothing of it may be either.
+            // The excess shows that this is a different file, so discard all of it.
             part.clear().map_err(TryFailure::host)?;
-            return Err(TryFailure::source(anyhow!("it has more than {limit} bytes").context(PackageRejected)));
+            return Err(TryFailure::source(
+                anyhow!("the package has more than {limit} bytes").context(PackageRejected),
+            ));
         }
-        room.fit_more(done, &mut || Ok(watch.still_wanted()?)).map_err(|error| {
-            // What does not fit helps nobody, and takes the space from everybody.
+        space.reserve_more(done, &mut || Ok(progress.still_wanted()?)).map_err(|error| {
+            // A partial file that cannot be completed only takes space from others.
             if error.is::<InsufficientSpace>() {
                 let _ = part.clear();
             }
@@ -315,121 +323,122 @@ fn receive(
         })?;
         part.append(&chunk[..amount]).map_err(|error| {
             let _ = part.clear();
-            TryFailure::host(unwritable(error, &means.places.cache))
+            TryFailure::host(unwritable(error, &context.paths.cache))
         })?;
-        room.has_archive(done);
-        watch.at(done, total)?;
-        watch.pause(means.commons.take(amount as u64).min(download.until.saturating_duration_since(Instant::now())))?;
-        if download.is_late() && Some(done) != total {
+        space.set_archive(done);
+        progress.report(done, total)?;
+        progress
+            .pause(context.limits.take(amount as u64).min(download.until.saturating_duration_since(Instant::now())))?;
+        if download.is_timed_out() && Some(done) != total {
             let is_kept = part.resumable().is_some();
-            return Err(TryFailure::Final(SourceFailure::Late(too_late(download, done, total, is_kept))));
+            return Err(TryFailure::Final(SourceFailure::TimedOut(timeout_failure(download, done, total, is_kept))));
         }
     }
-    // Who does not want it any more may have ended the connection.
-    watch.still_wanted()?;
-    let done = part.have();
+    // A cancellation may have closed the connection.
+    progress.still_wanted()?;
+    let done = part.size();
     match total {
         Some(total) if done != total => {
             let error = anyhow!("the download ended after {done} of {total} bytes");
-            Err(TryFailure::Cut { error, brought: done - at, pause: None })
+            Err(TryFailure::Retryable { error, received: done - start, retry_after: None })
         }
         _ => Ok(()),
     }
 }
 
-fn too_late(download: &Download<'_>, done: u64, total: Option<u64>, is_kept: bool) -> anyhow::Error {
+fn timeout_failure(download: &Download<'_>, done: u64, total: Option<u64>, is_kept: bool) -> anyhow::Error {
     let of = total.map(|total| format!(" of {total}")).unwrap_or_default();
     let next = if is_kept {
-        "the next try goes on from there"
+        "the next attempt resumes there"
     } else {
-        "the next try begins anew, as who sent them does not say which file they are of (ETag)"
+        "the next attempt starts from the beginning, because the server sent no ETag"
     };
-    anyhow!("{}; {done}{of} bytes are there, and {next}", download.late())
+    anyhow!("{}; {done}{of} bytes were received; {next}", download.timeout_text())
 }
 
-/// Tries again what was cut, until it is done, hopeless, cut too often, takes too long, or is not wanted any more.
-fn persistently<T>(
-    what: &str,
+/// Retries until success, a final error, the limit of attempts, the time limit, or cancellation.
+fn with_retries<T>(
+    file: &str,
     download: &Download<'_>,
-    watch: &mut DownloadProgress<'_>,
+    progress: &mut DownloadProgress<'_>,
     mut attempt: impl FnMut(&mut DownloadProgress<'_>) -> Result<T, TryFailure>,
 ) -> Result<T, SourceFailure> {
-    let (mut tries, mut all) = (0, 0);
-    let late = || format!("{}; the next try goes on", download.late());
+    let (mut fruitless_attempts, mut attempts) = (0, 0);
+    let timed_out = || format!("{}; the next attempt resumes", download.timeout_text());
     loop {
-        all += 1;
-        watch.still_wanted()?;
-        if download.is_late() {
-            return Err(SourceFailure::Late(anyhow!(late())));
+        attempts += 1;
+        progress.still_wanted()?;
+        if download.is_timed_out() {
+            return Err(SourceFailure::TimedOut(anyhow!(timed_out())));
         }
-        let (error, pause) = match attempt(watch) {
+        let (error, retry_after) = match attempt(progress) {
             Ok(done) => return Ok(done),
             Err(TryFailure::Final(failure)) => return Err(failure),
-            Err(TryFailure::Cut { error, brought, pause }) => {
-                tries = if brought >= WORTHWHILE_BYTES { 1 } else { tries + 1 };
-                (error, pause)
+            Err(TryFailure::Retryable { error, received, retry_after }) => {
+                fruitless_attempts = if received >= PROGRESS_BYTES { 1 } else { fruitless_attempts + 1 };
+                (error, retry_after)
             }
         };
-        watch.still_wanted()?;
-        if let Some(asked) = pause.filter(|pause| *pause > MAX_PAUSE) {
-            let error = error.context(format!("it asks to be left alone for {}", Span(asked)));
-            return Err(SourceFailure::Source { error, retry_after: Some(asked) });
+        progress.still_wanted()?;
+        if let Some(wait) = retry_after.filter(|wait| *wait > MAX_RETRY_AFTER) {
+            let error = error.context(format!("the server asks for a retry after {} (Retry-After)", Span(wait)));
+            return Err(SourceFailure::Source { error, retry_after: Some(wait) });
         }
-        if tries >= TRIES || all >= TRIES_IN_ALL {
-            let error = error.context(format!("gave up after {all} tries"));
-            return Err(SourceFailure::Source { error, retry_after: pause });
+        if fruitless_attempts >= MAX_FRUITLESS_ATTEMPTS || attempts >= MAX_ATTEMPTS {
+            let error = error.context(format!("gave up after {attempts} attempts"));
+            return Err(SourceFailure::Source { error, retry_after });
         }
-        let waits = pause.unwrap_or_else(|| backed_off(tries));
-        if Instant::now() + waits >= download.until {
-            let error = error.context(late());
-            return Err(match pause {
-                // It is not asked again before the time that it wished for is over.
-                Some(_) => SourceFailure::Source { error, retry_after: pause },
-                None => SourceFailure::Late(error),
+        let delay = retry_after.unwrap_or_else(|| retry_delay(fruitless_attempts));
+        if Instant::now() + delay >= download.until {
+            let error = error.context(timed_out());
+            return Err(match retry_after {
+                // A later fetch respects the Retry-After.
+                Some(_) => SourceFailure::Source { error, retry_after },
+                None => SourceFailure::TimedOut(error),
             });
         }
-        tracing::warn!(file = what, error = format!("{error:#}"), tries, "a download was cut and is tried again");
-        watch.pause(waits)?;
+        tracing::warn!(file, error = format!("{error:#}"), fruitless_attempts, "a download attempt failed; retrying");
+        progress.pause(delay)?;
     }
 }
 
-/// Twice as long each time, and half of it at random.
-fn backed_off(tries: u32) -> Duration {
-    let full = FIRST_PAUSE * 2_u32.saturating_pow(tries.saturating_sub(1).min(7));
+/// Exponential back-off; half of the delay is random.
+fn retry_delay(fruitless_attempts: u32) -> Duration {
+    let full = FIRST_DELAY * 2_u32.saturating_pow(fruitless_attempts.saturating_sub(1).min(7));
     full / 2 + (full / 2).mul_f64(fastrand::f64())
 }
 
-/// One who cannot be reached at all is left to the next source, where there is one; not so in mid-download.
-fn answered(reply: Result<HttpResponse>, is_patient: bool) -> Result<HttpResponse, TryFailure> {
-    reply.map_err(|error| match is_patient && endpoint::may_pass(&error) {
-        true => TryFailure::cut(error),
+/// An unreachable source is retried only if it is the last, or in mid-download; else the next source is tried.
+fn retryable_if(reply: Result<HttpResponse>, may_retry: bool) -> Result<HttpResponse, TryFailure> {
+    reply.map_err(|error| match may_retry && endpoint::is_transient(&error) {
+        true => TryFailure::retryable(error),
         false => TryFailure::source(error),
     })
 }
 
-fn refused(reply: HttpResponse) -> TryFailure {
-    let (status, pause) = (reply.status(), reply.retry_after());
-    let error = reply.refused();
+fn status_error(reply: HttpResponse) -> TryFailure {
+    let (status, retry_after) = (reply.status(), reply.retry_after());
+    let error = reply.into_error();
     if matches!(status, 408 | 425 | 429 | 500..=599) {
-        TryFailure::Cut { error, brought: 0, pause }
+        TryFailure::Retryable { error, received: 0, retry_after }
     } else {
         TryFailure::source(error)
     }
 }
 
-/// A part of a file, as it was sent.
+/// A `Content-Range`.
 #[derive(Debug, PartialEq, Eq)]
 struct ContentRange {
     from: u64,
     total: Option<u64>,
 }
 
-fn range_of(reply: &HttpResponse) -> Option<ContentRange> {
-    range(reply.header("content-range")?)
+fn content_range(reply: &HttpResponse) -> Option<ContentRange> {
+    parse_content_range(reply.header("content-range")?)
 }
 
-/// Reads `bytes 10-99/100`, or `bytes 10-99/*`.
-fn range(text: &str) -> Option<ContentRange> {
+/// Parses `bytes 10-99/100`, or `bytes 10-99/*`.
+fn parse_content_range(text: &str) -> Option<ContentRange> {
     let (part, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (from, last) = part.split_once('-')?;
     let (from, last) = (from.parse().ok()?, last.parse::<u64>().ok()?);
@@ -440,13 +449,15 @@ fn range(text: &str) -> Option<ContentRange> {
     (from <= last && total.is_none_or(|total| last < total)).then_some(ContentRange { from, total })
 }
 
-/// Says it plainly when the disk is full.
+/// Adds the remedy if the disk or quota is full.
 pub(super) fn unwritable(error: std::io::Error, directory: &Path) -> anyhow::Error {
     let directory = directory.display();
     let context = match error.kind() {
-        ErrorKind::StorageFull => format!("there is no space left in {directory}; free some there"),
-        ErrorKind::QuotaExceeded => format!("the quota is used up in {directory}; free some there, or raise it"),
-        _ => format!("cannot write in {directory}"),
+        ErrorKind::StorageFull => format!("no space left in {directory}; free some space there"),
+        ErrorKind::QuotaExceeded => {
+            format!("the disk quota is exhausted in {directory}; free some space there, or raise the quota")
+        }
+        _ => format!("cannot write to {directory}"),
     };
     anyhow::Error::new(error).context(context)
 }
@@ -456,19 +467,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_read_as_they_are_written_and_nothing_else_is() {
+    fn only_valid_content_ranges_are_parsed() {
         for (text, from, total) in
             [("bytes 10-99/100", 10, Some(100)), (" bytes 0-0/1 ", 0, Some(1)), ("bytes 5-9/*", 5, None)]
         {
-            assert_eq!(range(text), Some(ContentRange { from, total }), "{text}");
+            assert_eq!(parse_content_range(text), Some(ContentRange { from, total }), "{text}");
         }
         for bad in
             ["", "bytes", "bytes 1-2", "bytes */5", "bytes 9-1/10", "bytes 0-10/10", "items 0-1/2", "bytes -1-2/3"]
         {
-            assert_eq!(range(bad), None, "{bad}");
+            assert_eq!(parse_content_range(bad), None, "{bad}");
         }
         for huge in ["bytes 99999999999999999999-1/2", "bytes 0-1/99999999999999999999"] {
-            assert_eq!(range(huge), None);
+            assert_eq!(parse_content_range(huge), None);
         }
     }
 }

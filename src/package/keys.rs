@@ -1,4 +1,4 @@
-//! The public keys that packages are trusted by: minisign's, as in `etc/keys/*.pub`.
+//! The public keys that packages are verified with: minisign keys, as in `etc/keys/*.pub`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,16 +11,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::store::{self, Access};
 
-/// A file of keys is refused beyond this: minisign's have 114 bytes.
+/// Larger key files are rejected; minisign's have 114 bytes.
 const MAX_KEY_FILE_BYTES: u64 = 64 << 10;
-/// More keys than anybody rotates through.
+/// More keys than any rotation needs.
 const MAX_KEYS: usize = 64;
 
-/// Of a key's bytes, behind the algorithm and the id.
+/// Offset of the point in a key's bytes, after the algorithm and the id.
 const POINT_AT: usize = 10;
 const POINT_BYTES: usize = 32;
 
-/// Which key of minisign's: shown as minisign shows it, 16 hexadecimal digits.
+/// The id of a minisign key, shown as minisign shows it: 16 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId([u8; 8]);
 
@@ -36,25 +36,25 @@ impl std::fmt::Debug for KeyId {
     }
 }
 
-/// The key that a signature or a public key, in base64 as minisign writes them, names: eight bytes after the two of the algorithm.
+/// The key id in a signature or public key, in minisign's base64: eight bytes after the two of the algorithm.
 pub(super) fn key_id(base64: &str) -> Option<KeyId> {
     let bytes = BASE64_STANDARD.decode(base64.trim()).ok()?;
     Some(KeyId(bytes.get(2..10)?.try_into().ok()?))
 }
 
-/// Whether a signature, in base64 as minisign writes it, is over the hash of its file: `ED`, where the older kind has `Ed`.
+/// Whether a signature, in minisign's base64, is over the hash of its file: `ED`; the legacy format has `Ed`.
 pub(super) fn is_prehashed(base64: &str) -> Option<bool> {
     Some(BASE64_STANDARD.decode(base64.trim()).ok()?.get(..2)? == b"ED")
 }
 
-/// One public key. Stored, it is the line of minisign's file that it is.
+/// One public key, stored as its line of the minisign file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Key {
     id: KeyId,
     base64: String,
     key: PublicKey,
-    /// The point of the curve alone, without the id, which whoever makes a key chooses.
+    /// The curve point without the id; the id is chosen by the creator of the key.
     point: [u8; POINT_BYTES],
 }
 
@@ -63,17 +63,17 @@ impl Key {
         self.id
     }
 
-    /// The line of minisign's file that is the key.
+    /// The key as its line of the minisign file.
     pub fn base64(&self) -> &str {
         &self.base64
     }
 
-    /// Whether it is the same key, whatever id it goes by.
+    /// Whether both are the same key; their ids may differ.
     pub fn is_same(&self, other: &Key) -> bool {
         self.point == other.point
     }
 
-    /// What signatures are verified by.
+    /// The key that verifies signatures.
     pub(super) fn public(&self) -> &PublicKey {
         &self.key
     }
@@ -91,7 +91,7 @@ impl TryFrom<String> for Key {
     fn try_from(line: String) -> Result<Key, String> {
         Key::parse(&line).ok_or_else(|| {
             let shown: String = line.chars().take(60).collect();
-            format!("cannot take {shown:?} as a minisign public key")
+            format!("{shown:?} is not a minisign public key")
         })
     }
 }
@@ -102,18 +102,18 @@ impl From<Key> for String {
     }
 }
 
-/// Trusted keys, each once.
+/// A set of trusted keys without duplicates.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Keys {
     keys: Vec<Key>,
-    /// For telling an operator where to put one.
+    /// For error messages: where to add a key.
     directory: Option<PathBuf>,
-    /// For telling an operator why one is not among them: which, and what revoked it.
+    /// For error messages: revoked keys, and what revoked each.
     revoked: Vec<(KeyId, String)>,
 }
 
 impl Keys {
-    /// All `*.pub` of a directory; none where there is no such directory. A file that is no key is an error: it was put there to be one.
+    /// Loads all `*.pub` of a directory; empty if the directory does not exist. A file that holds no key is an error.
     pub fn load(directory: &Path) -> Result<Keys> {
         let mut keys = Keys { directory: Some(directory.to_owned()), ..Keys::default() };
         for path in Keys::files(directory)? {
@@ -122,7 +122,7 @@ impl Keys {
         Ok(keys)
     }
 
-    /// All `*.pub` of a directory, in the order of their names; none where there is no such directory.
+    /// All `*.pub` of a directory, sorted by name; empty if the directory does not exist.
     pub fn files(directory: &Path) -> Result<Vec<PathBuf>> {
         let attempt = || -> std::io::Result<Vec<PathBuf>> {
             let mut paths = Vec::new();
@@ -141,18 +141,18 @@ impl Keys {
         }
     }
 
-    /// The keys of one file.
+    /// Loads the keys of one file.
     pub fn read(path: &Path) -> Result<Keys> {
         let attempt = || -> Result<Keys> {
-            let text = store::read(path, MAX_KEY_FILE_BYTES)?.context("there is no such file")?;
-            let keys = Keys::parse(std::str::from_utf8(&text).context("it is not text")?)?;
-            ensure!(!keys.is_empty(), "it is empty");
+            let text = store::read(path, MAX_KEY_FILE_BYTES)?.context("the file does not exist")?;
+            let keys = Keys::parse(std::str::from_utf8(&text).context("it is not a text file")?)?;
+            ensure!(!keys.is_empty(), "it contains no key");
             Ok(keys)
         };
-        attempt().with_context(|| format!("cannot take {} as a trusted key", path.display()))
+        attempt().with_context(|| format!("cannot use {} as a trusted key", path.display()))
     }
 
-    /// Keys as minisign writes them, with or without their comment lines; several follow one another.
+    /// Parses one or more keys in minisign's format, with or without comment lines.
     pub fn parse(text: &str) -> Result<Keys> {
         let mut keys = Keys::default();
         for line in text.split(['\n', ',']).map(str::trim) {
@@ -161,19 +161,19 @@ impl Keys {
             }
             let key = Key::parse(line).with_context(|| {
                 let shown: String = line.chars().take(60).collect();
-                format!("cannot take {shown:?} as a minisign public key: it is a line of base64 that begins with RW")
+                format!("{shown:?} is not a minisign public key: expected a line of base64 that starts with RW")
             })?;
             keys.trust(key)?;
         }
         Ok(keys)
     }
 
-    /// What this executable was built to trust (the variable `AOPS_TRUSTED_KEYS` at build time).
+    /// The keys that this executable was built with (`AOPS_TRUSTED_KEYS` at build time).
     pub fn baked_in() -> Result<Keys> {
         Keys::parse(option_env!("AOPS_TRUSTED_KEYS").unwrap_or_default())
     }
 
-    /// Trusts `others` too.
+    /// Adds the keys of `others`.
     pub fn extend(&mut self, others: Keys) -> Result<()> {
         others.keys.into_iter().try_for_each(|key| self.trust(key))
     }
@@ -186,25 +186,25 @@ impl Keys {
         self.keys.iter()
     }
 
-    /// Whether it is one of these, whatever id it goes by.
+    /// Whether the set contains this key; ids may differ.
     pub fn contains(&self, key: &Key) -> bool {
         self.keys.iter().any(|known| known.is_same(key))
     }
 
-    /// Those of which `keep` says so.
+    /// The keys for which `keep` returns true.
     #[must_use]
     pub fn filtered(&self, keep: impl Fn(&Key) -> bool) -> Keys {
         let keys = self.keys.iter().filter(|key| keep(key)).cloned().collect();
         Keys { keys, directory: self.directory.clone(), revoked: self.revoked.clone() }
     }
 
-    /// Which are not among them because something revoked them.
+    /// Adds the list of revoked keys, for error messages.
     #[must_use]
-    pub fn telling_of(self, revoked: Vec<(KeyId, String)>) -> Keys {
+    pub fn with_revoked(self, revoked: Vec<(KeyId, String)>) -> Keys {
         Keys { revoked, ..self }
     }
 
-    /// What revoked the key of this id, where something did.
+    /// What revoked the key with this id, if it was revoked.
     pub(super) fn revoked_by(&self, id: KeyId) -> Option<&str> {
         self.revoked.iter().find(|(revoked, _)| *revoked == id).map(|(_, by)| by.as_str())
     }
@@ -213,7 +213,7 @@ impl Keys {
         self.keys.iter().map(|key| key.id)
     }
 
-    /// Each key as the text of a file that minisign reads.
+    /// Each key as the text of a minisign key file.
     pub fn texts(&self) -> Vec<String> {
         self.keys
             .iter()
@@ -221,14 +221,14 @@ impl Keys {
             .collect()
     }
 
-    /// Writes each key that `directory` does not hold yet, as `<key id>.pub`.
+    /// Writes each key that `directory` does not contain yet, as `<key id>.pub`.
     pub fn save_to(&self, directory: &Path) -> Result<()> {
-        let held = Keys::load(directory)?;
+        let existing = Keys::load(directory)?;
         for (key, text) in self.keys.iter().zip(self.texts()) {
-            if !held.keys.iter().any(|other| other.key == key.key) {
-                fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+            if !existing.keys.iter().any(|other| other.key == key.key) {
+                fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
                 let mut path = directory.join(format!("{}.pub", key.id));
-                // Two keys may share an id, by intent of whoever made the second; neither takes the other's place.
+                // Two keys may share an id, even on purpose; neither replaces the other.
                 for n in 2.. {
                     if !path.exists() {
                         break;
@@ -241,17 +241,17 @@ impl Keys {
         Ok(())
     }
 
-    pub(super) fn ensure_some(&self) -> Result<()> {
+    pub(super) fn ensure_not_empty(&self) -> Result<()> {
         ensure!(
             !self.is_empty(),
-            "there is no trusted key{}: no package can be verified; give the gateway's public key with `--trusted-key FILE`",
-            self.place()
+            "there is no trusted key{}, so no package can be verified; give the gateway's public key with `--trusted-key FILE`",
+            self.location_suffix()
         );
         Ok(())
     }
 
-    /// ` in DIR`, where that is known.
-    pub(super) fn place(&self) -> String {
+    /// ` in DIR`, if the directory is known.
+    pub(super) fn location_suffix(&self) -> String {
         self.directory.as_ref().map(|directory| format!(" in {}", directory.display())).unwrap_or_default()
     }
 
@@ -260,7 +260,7 @@ impl Keys {
         self.keys.iter().filter(move |key| key.id == id)
     }
 
-    /// Trusts this one too.
+    /// Adds a key.
     pub fn trust(&mut self, key: Key) -> Result<()> {
         if self.keys.iter().any(|known| known.key == key.key) {
             return Ok(());

@@ -1,7 +1,8 @@
-//! Packing of a directory into a `tar.zst` that depends on nothing but its content.
+//! Packs a directory into a reproducible `tar.zst`.
 //!
-//! Sorted by path, owner 0, modes 0755 or 0644, one fixed time: the same directory gives the same bytes on every machine, so that publishing
-//! it again is seen to change nothing. Links are kept if they stay inside; what a host would refuse to unpack is refused here already.
+//! Entries are sorted by path, with owner 0, modes 0755 or 0644 and one fixed time: the same directory gives the same bytes on every
+//! machine, so publishing it again changes nothing. Links that stay inside the tree are kept. Content that hosts would refuse to unpack
+//! is refused here.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,16 +15,16 @@ use super::unpack;
 use crate::core::model::Os;
 use crate::platform;
 
-/// zstd's level: beyond it, packing takes far longer for little.
+/// zstd's level; higher levels take far longer for little gain.
 const LEVEL: i32 = 12;
-/// Base 2 logarithm of the window: 4 MiB. Hosts take up to 8 MiB, and have so much memory less while they unpack.
+/// Base 2 logarithm of the window: 4 MiB, which a host needs as memory to unpack. Hosts accept up to 8 MiB.
 const WINDOW_LOG: u32 = 22;
-/// 1980-01-01, the first that every kind of archive can say.
+/// 1980-01-01, the earliest time that every archive format can hold.
 const TIME: u64 = 315_532_800;
-/// More files than this in one package are a mistake.
+/// A package with more files is a mistake.
 const MAX_ENTRIES: usize = 100_000;
 
-/// What is to be packed: where each path of the package comes from.
+/// The content of a package: the source of each of its paths.
 #[derive(Debug, Default)]
 pub struct PackTree {
     entries: BTreeMap<String, PackEntry>,
@@ -37,17 +38,17 @@ enum PackEntry {
 }
 
 impl PackTree {
-    /// All that is in `directory`.
+    /// All content of `directory`.
     pub fn of_directory(directory: &Path) -> Result<PackTree> {
         let mut tree = PackTree::default();
         tree.add_directory(directory, "").with_context(|| format!("cannot pack {}", directory.display()))?;
         if tree.entries.is_empty() {
-            bail!("cannot pack {}: it is empty", directory.display());
+            bail!("cannot pack {}: the directory is empty", directory.display());
         }
         Ok(tree)
     }
 
-    /// Adds one executable under a path of the package, with the directories above it.
+    /// Adds one executable at a path in the package, with its parent directories.
     pub fn add_executable(&mut self, path: &str, from: PathBuf) {
         for (end, _) in path.match_indices('/') {
             self.entries.insert(path[..end].to_owned(), PackEntry::Directory);
@@ -62,7 +63,7 @@ impl PackTree {
                 bail!("the name {} is not UTF-8", entry.path().display());
             };
             if self.entries.len() >= MAX_ENTRIES {
-                bail!("it holds more than {MAX_ENTRIES} files");
+                bail!("the directory has more than {MAX_ENTRIES} files");
             }
             let path = format!("{prefix}{name}");
             let metadata = entry.metadata()?;
@@ -74,16 +75,16 @@ impl PackTree {
                 self.entries.insert(path, PackEntry::File { from: entry.path(), executable });
             } else if metadata.is_symlink() {
                 let target = fs::read_link(entry.path())?;
-                // The rule of the hosts that unpack it, whatever they run on.
+                // Use the rule of the hosts that unpack it, whatever this machine runs.
                 if !target.to_str().is_some_and(|target| unpack::link_stays_inside(&path, target, Os::Linux)) {
                     bail!(
-                        "the link {path} leaves the package, or could: {} leaves the directory, or has .. behind a name",
+                        "the link {path} leaves the package, or could: its target {} leads out of the directory, or has .. after a name",
                         target.display()
                     );
                 }
                 self.entries.insert(path, PackEntry::Link { target });
             } else {
-                bail!("{path} is neither a file, nor a directory, nor a link");
+                bail!("{path} is not a file, directory or symbolic link");
             }
         }
         Ok(())
@@ -126,11 +127,11 @@ fn append(archive: &mut tar::Builder<impl Write>, path: &str, entry: &PackEntry)
             header.set_entry_type(tar::EntryType::Regular);
             header.set_mode(if *executable { 0o755 } else { 0o644 });
             header.set_size(size);
-            // Exactly as much as the header says, though somebody may be writing to the file.
+            // Read exactly the size in the header, even if the file grows meanwhile.
             let mut content = ExactReader { file, left: size };
             archive.append_data(&mut header, path, &mut content)?;
             if content.left > 0 {
-                bail!("it became shorter while it was read");
+                bail!("the file became shorter while it was read");
             }
         }
     }
@@ -144,8 +145,8 @@ struct ExactReader {
 
 impl std::io::Read for ExactReader {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
-        let read = self.file.read(&mut buffer[..most])?;
+        let limit = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let read = self.file.read(&mut buffer[..limit])?;
         self.left -= read as u64;
         Ok(read)
     }
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn links_that_leave_the_tree_are_refused() {
+    fn links_that_leave_the_tree_are_rejected() {
         for (path, target, leaves) in [
             ("link", "a", false),
             ("link", "../a", true),
@@ -209,11 +210,13 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         platform::replace_link(Path::new("/etc/passwd"), &dir.path().join("link")).unwrap();
-        assert!(format!("{:#}", PackTree::of_directory(dir.path()).unwrap_err()).contains("leaves the directory"));
+        assert!(
+            format!("{:#}", PackTree::of_directory(dir.path()).unwrap_err()).contains("leads out of the directory")
+        );
     }
 
     #[test]
-    fn an_empty_directory_is_no_package() {
+    fn an_empty_directory_cannot_be_packed() {
         let dir = tempfile::tempdir().unwrap();
         assert!(PackTree::of_directory(dir.path()).is_err());
     }

@@ -1,12 +1,12 @@
-//! A package that is being downloaded: its file in the cache, verified as far as it is there.
+//! A partial download: its file in the cache, verified as far as it was received.
 //!
 //! ```text
-//! cache/<file>.part        as much as came; private to its owner, locked by who writes it
-//! cache/<file>.part.etag   of which file that is; there only while it can be gone on with
+//! cache/<file>.part        the bytes received; private to its owner, locked by its writer
+//! cache/<file>.part.etag   the ETag of the file they belong to; exists only while the download can be resumed
 //! ```
 //!
-//! The bytes are verified on their way into the file. Only what an earlier run has left there is read again. From the first byte to the
-//! unpacking the file stays open and locked, so what is unpacked is what was verified.
+//! The bytes are verified while they are written; only those left by an earlier run are read again. The file stays open and locked from
+//! the first byte until it is unpacked, so the bytes that are unpacked are the bytes that were verified.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Read, Seek, Write};
@@ -20,43 +20,43 @@ use super::verify::{self, SignedClaim, Verification};
 use super::{Keys, MAX_PACKAGE_BYTES};
 use crate::{platform, store};
 
-/// What it is called, after the package's own name; and the ETag, after that.
+/// Suffix of the partial file, after the package's name, and of its ETag file, after that.
 const PART_SUFFIX: &str = ".part";
 const ETAG_SUFFIX: &str = ".etag";
 const MAX_ETAG_BYTES: u64 = 256;
 
-/// For another fetch of the same file to let go of it: a child process that has not come to its own program yet may hold the lock too.
-const LOCK: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
-const LOOK: Duration = Duration::from_millis(20);
+/// How long to wait for another fetch of the same file to release the lock; a child process between fork and exec may hold it too.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+const LOCK_POLL: Duration = Duration::from_millis(20);
 
 pub(super) struct PartialDownload<'a> {
     path: PathBuf,
     etag_path: PathBuf,
-    /// Stands behind the bytes that the verification has seen.
+    /// Positioned after the bytes that the verification has processed.
     file: File,
     verification: Verification<'a>,
     claim: &'a SignedClaim,
     keys: &'a Keys,
     etag: Option<String>,
-    /// Who sent what is there; not known of what an earlier run has left.
+    /// The origin of all bytes; `None` if mixed, or left by an earlier run.
     origin: Option<String>,
-    came: u64,
+    received: u64,
 }
 
 impl<'a> PartialDownload<'a> {
-    /// Opens the part of `file` in the cache, where there is one of at most `most` bytes, or begins one.
+    /// Opens the partial download of `file` in the cache, if it has at most `limit` bytes; else starts an empty one.
     pub(super) fn open(
         cache: &Path,
         file: &str,
-        most: u64,
+        limit: u64,
         claim: &'a SignedClaim,
         keys: &'a Keys,
-        watch: &mut DownloadProgress<'_>,
+        progress: &mut DownloadProgress<'_>,
     ) -> Result<PartialDownload<'a>> {
         let path = cache.join(format!("{file}{PART_SUFFIX}"));
-        let opened = locked(&path)?;
+        let opened = open_locked(&path)?;
         let mut part = PartialDownload {
-            etag_path: etag_of(&path),
+            etag_path: etag_path_of(&path),
             path,
             file: opened,
             verification: claim.begin(keys)?,
@@ -64,19 +64,23 @@ impl<'a> PartialDownload<'a> {
             keys,
             etag: None,
             origin: None,
-            came: 0,
+            received: 0,
         };
-        let there = part.file.metadata()?.len();
+        let existing = part.file.metadata()?.len();
         let etag = store::read(&part.etag_path, MAX_ETAG_BYTES).ok().flatten();
         part.etag = etag.and_then(|etag| String::from_utf8(etag).ok()).filter(|etag| !etag.is_empty());
-        if there > 0 && there <= most.min(MAX_PACKAGE_BYTES) && (part.etag.is_some() || there == most) {
-            let read = verify::read_through(&mut (&part.file).take(there), &mut part.verification, None, &mut |_| {
-                Ok(watch.still_wanted()?)
-            });
+        if existing > 0 && existing <= limit.min(MAX_PACKAGE_BYTES) && (part.etag.is_some() || existing == limit) {
+            let read =
+                verify::read_through(&mut (&part.file).take(existing), &mut part.verification, None, &mut |_| {
+                    Ok(progress.still_wanted()?)
+                });
             match read {
                 Err(error) if !error.is::<DownloadCancelled>() => {
-                    // What cannot be read is not there; kept, it would fail every other time too.
-                    tracing::warn!(error = format!("{error:#}"), "a part of a download is lost and fetched again");
+                    // Discard an unreadable part; it would fail every later fetch too.
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "cannot read a partial download; downloading it from the start"
+                    );
                     part.clear()?;
                 }
                 read => read?,
@@ -87,54 +91,54 @@ impl<'a> PartialDownload<'a> {
         Ok(part)
     }
 
-    /// How many bytes are there.
-    pub(super) fn have(&self) -> u64 {
+    /// Number of bytes received.
+    pub(super) fn size(&self) -> u64 {
         self.verification.size()
     }
 
-    /// How many bytes were appended since it was opened, those among them that were not kept.
-    pub(super) fn came(&self) -> u64 {
-        self.came
+    /// Number of bytes appended since it was opened, including discarded ones.
+    pub(super) fn received(&self) -> u64 {
+        self.received
     }
 
-    /// Whether all that is there came from that origin.
+    /// Whether all bytes came from that origin.
     pub(super) fn is_from(&self, origin: &str) -> bool {
         self.origin.as_deref() == Some(origin)
     }
 
-    /// What is there, and of which file, where it can be gone on with.
+    /// The number of bytes and their ETag, if the download can be resumed.
     pub(super) fn resumable(&self) -> Option<(u64, &str)> {
-        let etag = self.etag.as_deref().filter(|_| self.have() > 0)?;
-        Some((self.have(), etag))
+        let etag = self.etag.as_deref().filter(|_| self.size() > 0)?;
+        Some((self.size(), etag))
     }
 
-    /// Nothing of what was there counts.
+    /// Discards all bytes.
     pub(super) fn clear(&mut self) -> Result<()> {
-        self.begin_as(None)
+        self.restart_as(None)
     }
 
-    /// Begins anew with what that origin sends.
-    pub(super) fn begin(&mut self, etag: Option<&str>, origin: &str) -> Result<()> {
-        self.begin_as(etag)?;
+    /// Discards all bytes and restarts with a response of that origin.
+    pub(super) fn restart(&mut self, etag: Option<&str>, origin: &str) -> Result<()> {
+        self.restart_as(etag)?;
         self.origin = Some(origin.to_owned());
         Ok(())
     }
 
-    /// Goes on with what that origin sends.
-    pub(super) fn go_on(&mut self, origin: &str) {
+    /// Continues with a response of that origin.
+    pub(super) fn continue_from(&mut self, origin: &str) {
         if !self.is_from(origin) {
             self.origin = None;
         }
     }
 
-    fn begin_as(&mut self, etag: Option<&str>) -> Result<()> {
+    fn restart_as(&mut self, etag: Option<&str>) -> Result<()> {
         let mut attempt = || -> Result<()> {
-            // In this order: an ETag must never stand beside another file's bytes.
-            self.forget();
+            // Remove the ETag first: it must never exist beside the bytes of another file.
+            self.forget_etag();
             self.file.set_len(0)?;
             self.file.rewind()?;
             self.verification = self.claim.begin(self.keys)?;
-            // A weak one does not say that the bytes are the same.
+            // A weak ETag does not guarantee equal bytes.
             if let Some(etag) = etag.filter(|etag| !etag.starts_with("W/") && etag.len() as u64 <= MAX_ETAG_BYTES) {
                 fs::write(&self.etag_path, etag)?;
                 self.etag = Some(etag.to_owned());
@@ -144,71 +148,71 @@ impl<'a> PartialDownload<'a> {
         attempt().with_context(|| format!("cannot write {}", self.path.display()))
     }
 
-    /// What is there cannot be gone on with.
-    pub(super) fn forget(&mut self) {
+    /// Makes the download not resumable.
+    pub(super) fn forget_etag(&mut self) {
         (self.etag, self.origin) = (None, None);
         let _ = fs::remove_file(&self.etag_path);
     }
 
-    /// The bytes that follow.
+    /// Appends the next bytes.
     pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.verification.update(bytes);
-        self.came += bytes.len() as u64;
+        self.received += bytes.len() as u64;
         Ok(())
     }
 
-    /// Leaves it to another time, where it can be gone on with then: `whole` is its announced size.
-    pub(super) fn leave(self, whole: Option<u64>) {
-        if self.have() == 0 || (self.etag.is_none() && Some(self.have()) != whole) {
+    /// Keeps the file if it can be resumed or is complete (`announced`: the full size); else removes it.
+    pub(super) fn keep_if_resumable(self, announced: Option<u64>) {
+        if self.size() == 0 || (self.etag.is_none() && Some(self.size()) != announced) {
             let _ = remove(&self.path);
         }
     }
 
-    /// All of it is there: the verification to be finished, and the file to be unpacked. Neither its name nor its lock are needed for
-    /// that; the name goes with [`remove`].
-    pub(super) fn whole(self) -> (File, Verification<'a>, PathBuf) {
+    /// Takes a complete download apart: the file to unpack, the verification to finish, and the path to give to [`remove`]. Unpacking needs
+    /// neither the path nor the lock.
+    pub(super) fn into_parts(self) -> (File, Verification<'a>, PathBuf) {
         (self.file, self.verification, self.path)
     }
 }
 
-/// Removes a part with its ETag.
+/// Removes a partial download and its ETag.
 pub(super) fn remove(path: &Path) -> Result<()> {
-    store::remove(&etag_of(path)).and_then(|()| store::remove(path))
+    store::remove(&etag_path_of(path)).and_then(|()| store::remove(path))
 }
 
-/// Whether a file of the cache is a part that somebody is writing, or belongs to one.
+/// Whether a file of the cache belongs to a download in progress.
 pub(super) fn is_in_use(path: &Path) -> bool {
     let part = match path.to_str().and_then(|text| text.strip_suffix(ETAG_SUFFIX)) {
         Some(part) => PathBuf::from(part),
         None => path.to_owned(),
     };
-    let held = File::open(part).and_then(|file| match file.try_lock() {
+    let is_locked = File::open(part).and_then(|file| match file.try_lock() {
         Ok(()) => Ok(false),
         Err(TryLockError::WouldBlock) => Ok(true),
         Err(TryLockError::Error(error)) => Err(error),
     });
-    held.unwrap_or(false)
+    is_locked.unwrap_or(false)
 }
 
-/// The package that a file of the cache is a part of, or belongs to one of.
+/// The package to which a file of the cache belongs.
 pub(super) fn package_of(path: &Path) -> Option<&str> {
     let name = path.file_name()?.to_str()?;
     name.strip_suffix(ETAG_SUFFIX).unwrap_or(name).strip_suffix(PART_SUFFIX)
 }
 
-fn etag_of(path: &Path) -> PathBuf {
+fn etag_path_of(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ETAG_SUFFIX);
     name.into()
 }
 
-/// Opens the file for this fetch alone.
-fn locked(path: &Path) -> Result<File> {
-    let until = Instant::now() + LOCK;
+/// Opens and locks the file.
+fn open_locked(path: &Path) -> Result<File> {
+    let until = Instant::now() + LOCK_TIMEOUT;
     loop {
         let attempt = platform::open_private(path).and_then(|file| match file.try_lock() {
-            // Who had it until now may have removed it.
+            // The previous owner of the lock may have removed the file.
             Ok(()) => platform::is_same_file(&file, path).map(|same| same.then_some(file)),
             Err(TryLockError::WouldBlock) => Err(ErrorKind::WouldBlock.into()),
             Err(TryLockError::Error(error)) => Err(error),
@@ -216,9 +220,9 @@ fn locked(path: &Path) -> Result<File> {
         match attempt {
             Ok(Some(file)) => return Ok(file),
             Ok(None) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < until => platform::pause(LOOK),
+            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < until => platform::pause(LOCK_POLL),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                bail!("{} is being written by another download", path.display())
+                bail!("{} is in use by another download", path.display())
             }
             Err(error) => return Err(error).with_context(|| format!("cannot write {}", path.display())),
         }

@@ -1,4 +1,4 @@
-//! Whether a package is still wanted: asked by whoever works on it, and by whoever waits for something, every half second at least.
+//! Reports progress and checks for cancellation: on each chunk, and every half second while waiting.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -6,22 +6,22 @@ use std::time::{Duration, Instant};
 use super::Progress;
 use crate::platform;
 
-/// For so long nobody waits without asking.
-const LOOK: Duration = Duration::from_millis(500);
+/// The longest wait between two checks for cancellation.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Who ordered the package does not want it any more.
+/// The caller cancelled the fetch.
 #[derive(Debug)]
 pub(super) struct DownloadCancelled;
 
 impl fmt::Display for DownloadCancelled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("it is not wanted any more")
+        f.write_str("the package is no longer wanted")
     }
 }
 
 impl std::error::Error for DownloadCancelled {}
 
-/// How far a package is, and who is told.
+/// The state of a download, and the callback that receives it.
 pub(super) struct DownloadProgress<'a> {
     progress: &'a mut Progress<'a>,
     done: u64,
@@ -33,8 +33,8 @@ impl<'a> DownloadProgress<'a> {
         DownloadProgress { progress, done: 0, total: None }
     }
 
-    /// So many bytes are there, of so many.
-    pub(super) fn at(&mut self, done: u64, total: Option<u64>) -> Result<(), DownloadCancelled> {
+    /// Reports `done` of `total` bytes.
+    pub(super) fn report(&mut self, done: u64, total: Option<u64>) -> Result<(), DownloadCancelled> {
         (self.done, self.total) = (done, total);
         self.still_wanted()
     }
@@ -43,7 +43,7 @@ impl<'a> DownloadProgress<'a> {
         if (self.progress)(self.done, self.total) { Ok(()) } else { Err(DownloadCancelled) }
     }
 
-    /// Waits for so long, if it is wanted as long.
+    /// Waits for this time, or until the fetch is cancelled.
     pub(super) fn pause(&mut self, time: Duration) -> Result<(), DownloadCancelled> {
         let until = Instant::now() + time;
         loop {
@@ -52,7 +52,7 @@ impl<'a> DownloadProgress<'a> {
             if left.is_zero() {
                 return Ok(());
             }
-            platform::pause(left.min(LOOK));
+            platform::pause(left.min(CHECK_INTERVAL));
         }
     }
 }
@@ -62,15 +62,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pause_ends_when_nobody_waits_for_its_end_any_more() {
-        let mut asked = 0;
-        let began = Instant::now();
+    fn cancellation_ends_a_pause() {
+        let mut calls = 0;
+        let start = Instant::now();
         let mut progress = |_: u64, _: Option<u64>| {
-            asked += 1;
-            asked < 3
+            calls += 1;
+            calls < 3
         };
         assert!(DownloadProgress::new(&mut progress).pause(Duration::from_secs(3600)).is_err());
-        assert_eq!(asked, 3);
-        assert!(began.elapsed() < Duration::from_secs(60));
+        assert_eq!(calls, 3);
+        assert!(start.elapsed() < Duration::from_secs(60));
     }
 }

@@ -1,77 +1,77 @@
-//! Whose turn it is to serve a package, and for how long. Pure: what a turn brought is told to it.
+//! The order and the time limits in which sources are tried. Pure: the caller reports the result of each attempt.
 //!
-//! A source that is slow, but not so slow that it counts as stalled, must not use up the time of those behind it; nor one that sends damage
-//! the tries of a good one. So each has its share of the time that is left, and one more try after damage. Who was late, or sent damage, is
-//! asked again after the others had their turn.
+//! A source that is slow, but not slow enough to count as stalled, must not use up the time of the sources after it, nor may damaged data
+//! from one source use up the attempts of a good one. So each source has a share of the remaining time, and one more attempt after damaged
+//! data. A source that timed out or sent damaged data is tried again after the others.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// A share shorter than this is none: a connection alone may take ten seconds.
-const LEAST: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 15_000 });
-/// What came damaged is fetched from the same source again so often.
-const REFETCHES: u32 = 1;
-/// All sources together send damage so often at most, and then nobody is asked any more in this fetch.
-const MOST_DAMAGES: u32 = 4;
+/// The shortest useful share: a connection alone may take ten seconds.
+const MIN_SHARE: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 15_000 });
+/// Further attempts at a source that sent damaged data.
+const MAX_REFETCHES: u32 = 1;
+/// Limit for damaged downloads from all sources together; the fetch then stops.
+const MAX_DAMAGED: u32 = 4;
 
-/// One source's turn.
+/// One attempt at one source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SourceAttempt {
-    /// Its number, in the order of the sources.
+    /// Index in the list of sources.
     pub(super) source: usize,
-    /// So long it has.
+    /// Time limit of the attempt.
     pub(super) time: Duration,
 }
 
-/// Who is asked next.
+/// The sources still to try.
 #[derive(Debug)]
 pub(super) struct SourceRotation {
-    /// In this round.
+    /// The current round.
     queue: VecDeque<usize>,
-    /// In the next one.
-    again: VecDeque<usize>,
-    /// How often each sent damage.
-    damages: Vec<u32>,
+    /// The next round.
+    next_round: VecDeque<usize>,
+    /// Damaged downloads of each source.
+    damaged_counts: Vec<u32>,
 }
 
 impl SourceRotation {
     pub(super) fn new(sources: usize) -> SourceRotation {
-        SourceRotation { queue: (0..sources).collect(), again: VecDeque::new(), damages: vec![0; sources] }
+        SourceRotation { queue: (0..sources).collect(), next_round: VecDeque::new(), damaged_counts: vec![0; sources] }
     }
 
-    /// The next turn, where so much time is left for all; the last one of a round has all of it.
+    /// The next attempt, given the time left for all; the last of a round gets all of it.
     pub(super) fn next(&mut self, left: Duration) -> Option<SourceAttempt> {
         if left.is_zero() {
             return None;
         }
         if self.queue.is_empty() {
-            std::mem::swap(&mut self.queue, &mut self.again);
+            std::mem::swap(&mut self.queue, &mut self.next_round);
         }
         let share = left / u32::try_from(self.queue.len()).ok().filter(|sources| *sources > 0)?;
         let source = self.queue.pop_front()?;
-        Some(SourceAttempt { source, time: share.max(LEAST).min(left) })
+        Some(SourceAttempt { source, time: share.max(MIN_SHARE).min(left) })
     }
 
-    /// Its time was over before the package had come, and so much is left for all.
-    pub(super) fn late(&mut self, source: usize, left: Duration) {
-        if left >= LEAST {
-            self.again.push_back(source);
+    /// The source timed out. `left`: the time left for all.
+    pub(super) fn timed_out(&mut self, source: usize, left: Duration) {
+        if left >= MIN_SHARE {
+            self.next_round.push_back(source);
         }
     }
 
-    /// What it sent was damaged. Whether anybody is asked after that.
+    /// The source sent damaged data. Returns whether any attempt is left.
     pub(super) fn damaged(&mut self, source: usize) -> bool {
-        if let Some(damages) = self.damages.get_mut(source) {
-            *damages += 1;
-            if *damages <= REFETCHES {
-                self.again.push_back(source);
+        if let Some(damaged_counts) = self.damaged_counts.get_mut(source) {
+            *damaged_counts += 1;
+            if *damaged_counts <= MAX_REFETCHES {
+                self.next_round.push_back(source);
             }
         }
-        if self.damages.iter().sum::<u32>() >= MOST_DAMAGES {
+        if self.damaged_counts.iter().sum::<u32>() >= MAX_DAMAGED {
             self.queue.clear();
-            self.again.clear();
+            self.next_round.clear();
         }
-        !(self.queue.is_empty() && self.again.is_empty())
+        !(self.queue.is_empty() && self.next_round.is_empty())
     }
 }
 
@@ -83,81 +83,81 @@ mod tests {
 
     const S: fn(u64) -> Duration = Duration::from_secs;
 
-    fn turn(source: usize, seconds: u64) -> Option<SourceAttempt> {
+    fn attempt(source: usize, seconds: u64) -> Option<SourceAttempt> {
         Some(SourceAttempt { source, time: S(seconds) })
     }
 
     #[test]
-    fn each_source_has_its_share_of_what_is_left_and_the_last_one_all_of_it() {
-        let mut turns = SourceRotation::new(3);
-        assert_eq!(turns.next(S(600)), turn(0, 200));
-        turns.late(0, S(400));
-        // What the second did not use is the third's.
-        assert_eq!(turns.next(S(400)), turn(1, 200));
-        assert_eq!(turns.next(S(390)), turn(2, 390));
-        // And what that one did not use is for who was late.
-        assert_eq!(turns.next(S(300)), turn(0, 300));
-        assert_eq!(turns.next(S(200)), None);
-        // With too little left it is not worth another turn.
-        turns.late(0, LEAST / 2);
-        assert_eq!(turns.next(LEAST / 2), None);
-        turns.late(0, LEAST);
-        assert_eq!(turns.next(S(0)), None);
+    fn each_source_has_its_share_of_the_remaining_time_and_the_last_one_all_of_it() {
+        let mut rotation = SourceRotation::new(3);
+        assert_eq!(rotation.next(S(600)), attempt(0, 200));
+        rotation.timed_out(0, S(400));
+        // The third gets the time that the second did not use.
+        assert_eq!(rotation.next(S(400)), attempt(1, 200));
+        assert_eq!(rotation.next(S(390)), attempt(2, 390));
+        // The source that timed out gets the time that the third did not use.
+        assert_eq!(rotation.next(S(300)), attempt(0, 300));
+        assert_eq!(rotation.next(S(200)), None);
+        // Too little time is left for another attempt.
+        rotation.timed_out(0, MIN_SHARE / 2);
+        assert_eq!(rotation.next(MIN_SHARE / 2), None);
+        rotation.timed_out(0, MIN_SHARE);
+        assert_eq!(rotation.next(S(0)), None);
     }
 
     #[test]
-    fn a_share_is_never_too_short_to_be_of_use() {
-        let mut turns = SourceRotation::new(2);
-        assert_eq!(turns.next(LEAST + LEAST / 2), Some(SourceAttempt { source: 0, time: LEAST }));
-        assert_eq!(turns.next(LEAST / 2), Some(SourceAttempt { source: 1, time: LEAST / 2 }));
+    fn a_share_is_never_below_the_minimum() {
+        let mut rotation = SourceRotation::new(2);
+        assert_eq!(rotation.next(MIN_SHARE + MIN_SHARE / 2), Some(SourceAttempt { source: 0, time: MIN_SHARE }));
+        assert_eq!(rotation.next(MIN_SHARE / 2), Some(SourceAttempt { source: 1, time: MIN_SHARE / 2 }));
     }
 
     #[test]
-    fn damage_of_one_source_takes_no_try_from_another() {
-        // One alone: fetched once more.
-        let mut turns = SourceRotation::new(1);
-        assert_eq!(turns.next(S(9)), turn(0, 9));
-        assert!(turns.damaged(0));
-        assert_eq!(turns.next(S(8)), turn(0, 8));
-        assert!(!turns.damaged(0) && turns.next(S(7)).is_none());
+    fn damaged_data_from_one_source_takes_no_attempt_from_another() {
+        // A single source is tried a second time.
+        let mut rotation = SourceRotation::new(1);
+        assert_eq!(rotation.next(S(9)), attempt(0, 9));
+        assert!(rotation.damaged(0));
+        assert_eq!(rotation.next(S(8)), attempt(0, 8));
+        assert!(!rotation.damaged(0) && rotation.next(S(7)).is_none());
 
-        // A bad one in front of a good one whose package is damaged on its way, once.
-        let mut turns = SourceRotation::new(2);
+        // A bad source before a good one, whose package is damaged once in transit.
+        let mut rotation = SourceRotation::new(2);
         for source in [0, 1, 0] {
-            assert_eq!(turns.next(S(9)).map(|turn| turn.source), Some(source));
-            assert!(turns.damaged(source));
+            assert_eq!(rotation.next(S(9)).map(|attempt| attempt.source), Some(source));
+            assert!(rotation.damaged(source));
         }
-        assert_eq!(turns.next(S(9)), turn(1, 9));
-        assert!(!turns.damaged(1));
+        assert_eq!(rotation.next(S(9)), attempt(1, 9));
+        assert!(!rotation.damaged(1));
 
-        // However many there are, damage comes to an end.
-        let mut turns = SourceRotation::new(9);
-        let mut asked = 0;
-        while let Some(turn) = turns.next(S(9)) {
-            asked += 1;
-            turns.damaged(turn.source);
+        // The number of damaged downloads is limited, however many sources there are.
+        let mut rotation = SourceRotation::new(9);
+        let mut attempts = 0;
+        while let Some(attempt) = rotation.next(S(9)) {
+            attempts += 1;
+            rotation.damaged(attempt.source);
         }
-        assert_eq!(asked, MOST_DAMAGES);
+        assert_eq!(attempts, MAX_DAMAGED);
     }
 
     proptest! {
-        /// Whatever each turn brings, all had one before anybody has another, none is longer than what is left, and it ends.
+        /// Every source is tried before any is tried again, no attempt exceeds the remaining time, and the rotation ends.
         #[test]
-        fn everybody_has_a_turn_and_it_ends(sources in 1_usize..6, brought in prop::collection::vec(0_u8..3, 50)) {
-            let (mut turns, mut left, mut order) = (SourceRotation::new(sources), S(600), Vec::new());
-            for what in &brought {
-                let Some(turn) = turns.next(left) else { break };
-                prop_assert!(turn.time <= left && turn.time >= LEAST.min(left));
-                order.push(turn.source);
-                left = left.saturating_sub(if *what == 0 { turn.time } else { S(1) });
-                match what {
-                    0 => turns.late(turn.source, left),
-                    1 => drop(turns.damaged(turn.source)),
+        fn every_source_is_tried_and_the_rotation_ends(sources in 1_usize..6, results in prop::collection::vec(0_u8..3, 50)) {
+            let (mut rotation, mut left, mut order) = (SourceRotation::new(sources), S(600), Vec::new());
+            for result in &results {
+                let Some(attempt) = rotation.next(left) else { break };
+                prop_assert!(attempt.time <= left && attempt.time >= MIN_SHARE.min(left));
+                order.push(attempt.source);
+                left = left.saturating_sub(if *result == 0 { attempt.time } else { S(1) });
+                match result {
+                    0 => rotation.timed_out(attempt.source, left),
+                    1 => drop(rotation.damaged(attempt.source)),
                     _ => {}
                 }
             }
-            let damages = brought.iter().take(order.len()).filter(|what| **what == 1).count();
-            prop_assert!(damages <= MOST_DAMAGES as usize);
+            let damaged_counts = results.iter().take(order.len()).filter(|result| **result == 1).count();
+            prop_assert!(damaged_counts <= MAX_DAMAGED as usize);
             let first: Vec<usize> = order.iter().take(sources).copied().collect();
             prop_assert!(first.iter().enumerate().all(|(at, source)| at == *source), "{order:?}");
         }

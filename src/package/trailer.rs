@@ -1,10 +1,10 @@
-//! What a gateway writes behind the bootstrap executable that it serves, so that the executable knows whom to trust.
+//! The trailer of a bootstrap executable: the gateway that serves the executable appends the public keys that it must trust.
 //!
 //! ```text
 //! <executable> <JSON: {"keys": ["untrusted comment: …\nRW…\n", …]}> <length of the JSON: 8 bytes, little endian> AOPS-TRAILER-01\n
 //! ```
 //!
-//! Neither Linux nor Windows minds bytes behind an executable's end. Fields that are not known are ignored.
+//! Linux and Windows ignore bytes after the end of an executable. Unknown fields are ignored.
 
 use std::fs::File;
 #[cfg(feature = "gateway")]
@@ -16,18 +16,18 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 const MAGIC: &[u8; 16] = b"AOPS-TRAILER-01\n";
-/// The JSON's length and the magic.
+/// The length of the JSON, and the magic.
 const FOOT_BYTES: u64 = 8 + MAGIC.len() as u64;
 const MAX_PAYLOAD_BYTES: u64 = 64 << 10;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct TrailerPayload {
-    /// Public keys as the texts of files that minisign reads.
+    /// Public keys, each as the text of a minisign key file.
     #[serde(default)]
     keys: Vec<String>,
 }
 
-/// The public keys behind an executable; `None` where it has no trailer.
+/// Reads the public keys in an executable's trailer; `None` if it has no trailer.
 pub fn read(executable: &Path) -> Result<Option<Vec<String>>> {
     let attempt = || -> Result<Option<Vec<String>>> {
         let mut file = File::open(executable)?;
@@ -35,18 +35,18 @@ pub fn read(executable: &Path) -> Result<Option<Vec<String>>> {
         let mut json = vec![0; length as usize];
         file.seek(SeekFrom::Start(at))?;
         file.read_exact(&mut json)?;
-        let payload: TrailerPayload = serde_json::from_slice(&json).context("its trailer is damaged")?;
+        let payload: TrailerPayload = serde_json::from_slice(&json).context("the trailer is damaged")?;
         Ok(Some(payload.keys))
     };
-    attempt().with_context(|| format!("cannot read the keys that {} brings", executable.display()))
+    attempt().with_context(|| format!("cannot read the public keys in the trailer of {}", executable.display()))
 }
 
-/// Gives an executable that is open for writing a trailer with `keys`, in place of the one that it may have.
+/// Writes a trailer with `keys` to an executable that is open for writing, replacing an existing one.
 #[cfg(feature = "gateway")]
 pub fn put(executable: &mut File, keys: &[String]) -> io::Result<()> {
     let json = serde_json::to_vec(&TrailerPayload { keys: keys.to_vec() })?;
     if json.len() as u64 > MAX_PAYLOAD_BYTES {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "more keys than a trailer holds"));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many keys for a trailer"));
     }
     let end = length_without(executable)?;
     executable.set_len(end)?;
@@ -56,7 +56,7 @@ pub fn put(executable: &mut File, keys: &[String]) -> io::Result<()> {
     executable.write_all(MAGIC)
 }
 
-/// The length of an executable without the trailer that it may have.
+/// The length of an executable without its trailer.
 #[cfg(feature = "gateway")]
 pub fn length_without(executable: &mut File) -> io::Result<u64> {
     Ok(match find(executable)? {
@@ -65,7 +65,7 @@ pub fn length_without(executable: &mut File) -> io::Result<u64> {
     })
 }
 
-/// Where the JSON begins, and its length.
+/// Offset and length of the JSON.
 fn find(file: &mut File) -> io::Result<Option<(u64, u64)>> {
     let size = file.metadata()?.len();
     let Some(foot_at) = size.checked_sub(FOOT_BYTES) else { return Ok(None) };
@@ -79,7 +79,7 @@ fn find(file: &mut File) -> io::Result<Option<(u64, u64)>> {
     let length = length.try_into().map(u64::from_le_bytes).map_err(io::Error::other)?;
     match foot_at.checked_sub(length).filter(|_| length <= MAX_PAYLOAD_BYTES) {
         Some(at) => Ok(Some((at, length))),
-        None => Err(io::Error::new(io::ErrorKind::InvalidData, "its trailer is damaged")),
+        None => Err(io::Error::new(io::ErrorKind::InvalidData, "the trailer is damaged")),
     }
 }
 
@@ -89,7 +89,7 @@ mod tests {
 
     #[cfg(feature = "gateway")]
     #[test]
-    fn keys_are_read_back_and_replaced_not_piled_up() {
+    fn a_new_trailer_replaces_the_old_one() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("executable");
         std::fs::write(&path, b"\x7fELF and so on").unwrap();
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn the_document_describes_it() {
+    fn protocol_md_describes_the_trailer() {
         let magic = std::str::from_utf8(MAGIC).unwrap().trim_end();
         let words = format!("8 bytes, unsigned, little endian> <the {} bytes \"{magic}\\n\">", MAGIC.len());
         assert!(crate::core::protocol::document().contains(&words), "{words}");

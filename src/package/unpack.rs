@@ -1,16 +1,16 @@
-//! Makes a tree of an archive, and nothing outside of it.
+//! Unpacks an archive into a new directory, and writes nothing outside of it.
 //!
-//! The archive's signature was verified before, yet its maker may have been careless, and whoever could sign is not thereby to write
-//! anywhere on every host. So every entry is judged before anything is made of it:
+//! The archive's signature is already verified, but its creator may have been careless, and the right to sign must not be the right to
+//! write anywhere on every host. So every entry is checked before anything is created:
 //!
 //! ```text
-//! tar.zst, tar.gz -> tape ─┐ entries as the archive says them,
-//! zip             -> zip  ─┴─> plan: names, links, duplicates, limits -> tree: directories, files and links on the disk
+//! tar.zst, tar.gz -> tar ─┐ entries as the archive lists them,
+//! zip             -> zip ─┴─> plan: names, links, duplicates, limits -> tree: directories, files and links on the disk
 //! ```
 //!
-//! Files are made where none was, in directories that were made here; so no write ever goes through a link. What is refused is refused
-//! whole: the caller gets an error and no tree. Owners, times and extended attributes are not taken over; of the mode only whether a
-//! file can be run; directories get 0755 whatever the archive says. The gateway judges by the same rules what it publishes.
+//! Files are created only where none exists, in directories that were created here, so no write follows a link. A rejected archive is
+//! rejected as a whole: the caller gets an error and no tree. Owners, times and extended attributes are ignored; of a file's mode only the
+//! execute bit counts; directories get 0755. The gateway checks packages by the same rules before it publishes them.
 
 mod names;
 mod plan;
@@ -32,25 +32,25 @@ use self::tree::TreeWriter;
 use crate::core::model::{Os, Packing};
 
 const CHUNK_BYTES: usize = 64 << 10;
-/// A package packed with a larger window (8 MiB) would need that much memory on every host.
+/// Packages with a larger zstd window than 8 MiB are rejected; every host would need that much memory.
 const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 
-/// What a package may hold at most.
+/// Limits for the content of a package.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnpackLimits {
-    /// Files, directories and links, and whatever else an archive counts as an entry.
+    /// Number of entries of any kind, and of directories they imply.
     pub entries: u64,
-    /// Of all files together, unpacked.
+    /// Unpacked size of all files together.
     pub bytes: u64,
-    /// The same for each byte of the archive, beyond [`FREE_BYTES`]: what grows more was made to.
+    /// Unpacked bytes for each byte of the archive, beyond [`FREE_BYTES`]; a higher ratio indicates a decompression bomb.
     pub growth: u64,
-    /// Of one name in a path, bytes.
+    /// Length of a path component in bytes.
     pub name: usize,
-    /// Of a path below the root, bytes.
+    /// Length of a path below the root in bytes.
     pub path: usize,
 }
 
-/// Any archive may unpack to this much.
+/// Any archive may unpack to this size.
 const FREE_BYTES: u64 = 64 << 20;
 
 impl Default for UnpackLimits {
@@ -60,14 +60,14 @@ impl Default for UnpackLimits {
 }
 
 impl UnpackLimits {
-    /// With the bytes that an archive of this length may unpack to.
+    /// The limits for an archive of this length.
     fn of(&self, archive_bytes: u64) -> UnpackLimits {
         let grown = archive_bytes.saturating_mul(self.growth).saturating_add(FREE_BYTES);
         UnpackLimits { bytes: self.bytes.min(grown), ..self.clone() }
     }
 }
 
-/// What an entry is that was admitted.
+/// The content of an accepted entry.
 pub(super) enum EntryContent<'a> {
     Directory,
     File {
@@ -76,17 +76,17 @@ pub(super) enum EntryContent<'a> {
         content: &'a mut dyn Read,
     },
     SymbolicLink(&'a str),
-    /// Another name of this file of the package.
+    /// A hard link to this file of the package.
     HardLink(&'a str),
 }
 
-/// What is done with each of them.
+/// Receives each accepted entry.
 type Sink<'a> = dyn FnMut(&PlannedEntry, EntryContent<'_>) -> Result<()> + 'a;
 
-/// Asked before so many bytes of content are written; an error ends the unpacking.
+/// Called before that many bytes are written; an error stops the unpacking.
 pub(super) type MayWrite<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
-/// Unpacks into a new directory in `staging` and answers its path. After an error nothing of it is left, as far as can be.
+/// Unpacks into a new directory in `staging` and returns its path. After an error the directory is removed.
 pub(super) fn unpack(
     archive: &mut File,
     packing: Packing,
@@ -98,11 +98,11 @@ pub(super) fn unpack(
     let root = tempfile::Builder::new()
         .prefix("tree-")
         .tempdir_in(staging)
-        .with_context(|| format!("cannot make a directory in {}", staging.display()))?
+        .with_context(|| format!("cannot create a directory in {}", staging.display()))?
         .keep();
     let mut tree = TreeWriter::new(root.clone(), may_write);
-    let made = read(archive, packing, os, limits, &mut |admitted, item| tree.make(admitted, item));
-    let finished = made.context("cannot unpack it").and_then(|()| tree.finish());
+    let written = read(archive, packing, os, limits, &mut |planned, content| tree.write(planned, content));
+    let finished = written.context("cannot unpack the package").and_then(|()| tree.finish());
     match finished {
         Ok(()) => Ok(root),
         Err(error) => {
@@ -112,33 +112,33 @@ pub(super) fn unpack(
     }
 }
 
-/// A file or link of a package that was looked into.
+/// A file or link found in a package.
 #[cfg(feature = "gateway")]
 pub struct InspectedEntry<'a> {
-    /// Relative to the package's root, with `/`.
+    /// Relative to the package's root, with `/` as separator.
     pub path: &'a str,
-    /// Whether it can be run; of a link, whether what it leads to might be.
+    /// Whether it is executable; for a link, true, as its target may be.
     pub executable: bool,
-    /// Of a file; need not be read.
+    /// The content of a file; may be left unread.
     pub content: Option<&'a mut dyn Read>,
 }
 
-/// Reads through a package by the rules of a host that unpacks it, so that what no host would take is refused before it is published.
+/// Reads a package with the rules of a host that unpacks it, so that an unacceptable package is rejected before it is published.
 #[cfg(feature = "gateway")]
-pub fn look_through(
+pub fn inspect(
     archive: &mut File,
     packing: Packing,
     os: Os,
     each: &mut dyn FnMut(InspectedEntry<'_>) -> Result<()>,
 ) -> Result<()> {
-    read(archive, packing, os, &UnpackLimits::default(), &mut |admitted, item| {
-        let path = admitted.path.as_str();
-        match item {
+    read(archive, packing, os, &UnpackLimits::default(), &mut |planned, content| {
+        let path = planned.path.as_str();
+        match content {
             EntryContent::Directory => Ok(()),
             EntryContent::File { executable, content, .. } => {
                 each(InspectedEntry { path, executable, content: Some(&mut *content) })?;
-                // Damage shows only where all of it is read.
-                std::io::copy(content, &mut std::io::sink()).map(drop).context("its content is damaged")
+                // Read all of it, to detect damage.
+                std::io::copy(content, &mut std::io::sink()).map(drop).context("the content is damaged")
             }
             EntryContent::SymbolicLink(_) | EntryContent::HardLink(_) => {
                 each(InspectedEntry { path, executable: true, content: None })
@@ -147,7 +147,7 @@ pub fn look_through(
     })
 }
 
-/// Reads through the whole archive, and gives each entry to `sink` that every one before it allows.
+/// Reads the whole archive and passes each entry to `sink` after all earlier ones were accepted.
 fn read(archive: &mut File, packing: Packing, os: Os, limits: &UnpackLimits, sink: &mut Sink<'_>) -> Result<()> {
     let length = archive.metadata()?.len();
     archive.seek(SeekFrom::Start(0))?;
@@ -164,11 +164,11 @@ fn read(archive: &mut File, packing: Packing, os: Os, limits: &UnpackLimits, sin
         }
         Packing::Zip => zip::read(archive, &mut plan, sink),
     }?;
-    ensure!(!plan.is_empty(), "it is empty");
+    ensure!(!plan.is_empty(), "the archive is empty");
     Ok(())
 }
 
-/// An entry's name for an error: not all of it, and nothing that a terminal obeys.
+/// An entry's name for an error: truncated, with control characters escaped.
 fn shown(path: &str) -> String {
     let start: String = path.chars().take(100).collect();
     format!("the entry {start:?}{}", if start.len() < path.len() { "…" } else { "" })

@@ -1,7 +1,7 @@
-//! Whether bytes are what they are said to be: minisign's signature over all of them, and the signed comment that says what they are.
+//! Verifies packages: minisign's signature over all bytes, and the signed comment that says what the package is.
 //!
-//! Only pre-hashed signatures count: they are verified as the bytes stream by, so that a package of any size is read but once. Who unpacks
-//! it afterwards must read the same bytes: from a file that is open since, and that nobody else can write.
+//! Only pre-hashed signatures are accepted. They are verified while the bytes stream by, so a package of any size is read once. The code
+//! that unpacks the package must read the same bytes: from a file that stays open and that no one else can write to.
 
 use std::fs::File;
 use std::io::Seek as _;
@@ -17,7 +17,7 @@ use crate::core::model::{Binding, Digest};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// A signature of the right kind, and what it says that its package is. Whether it is true, the bytes have yet to show.
+/// A signature of the accepted kind and the binding that it claims; not verified against the package's bytes yet.
 pub(super) struct SignedClaim {
     signature: Signature,
     signer: KeyId,
@@ -31,12 +31,12 @@ pub(super) struct VerifiedPackage {
     pub(super) signer: Key,
 }
 
-/// Looks at a signature before its package is downloaded: what could not be accepted anyway is not worth the way.
-pub(super) fn examine(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedClaim> {
-    examined(text, keys, wanted).context(PackageRejected)
+/// Checks a signature file before the download of its package, so that an unacceptable package is not downloaded.
+pub(super) fn examine(text: &str, keys: &Keys, request: &PackageRequest) -> Result<SignedClaim> {
+    check_claim(text, keys, request).context(PackageRejected)
 }
 
-fn examined(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedClaim> {
+fn check_claim(text: &str, keys: &Keys, request: &PackageRequest) -> Result<SignedClaim> {
     let claim = SignedClaim::read(text)?;
     let SignedClaim { signer, binding, .. } = &claim;
     if keys.with_id(*signer).next().is_none() {
@@ -47,52 +47,52 @@ fn examined(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedCl
         }
         let trusted: Vec<String> = keys.ids().map(|id| id.to_string()).collect();
         bail!(
-            "the package is signed by the key {signer}, which is not trusted here (trusted{}: {}); if it should be, add its \
-             public key there, or install with `--trusted-key FILE`",
-            keys.place(),
+            "the package is signed by the key {signer}, which is not trusted here (trusted{}: {}); to trust it, add its public key \
+             there, or install with `--trusted-key FILE`",
+            keys.location_suffix(),
             trusted.join(", ")
         );
     }
     ensure!(
-        binding.release == wanted.release,
-        "the package is signed as {}, not as the {} that was asked for",
+        binding.release == request.release,
+        "the package is signed as {}, but {} was requested",
         binding.release,
-        wanted.release
+        request.release
     );
     ensure!(
-        binding.epoch >= wanted.least_epoch,
-        "the package is of epoch {}, older than the {} that this host has committed for {}: packages of earlier epochs were \
-         withdrawn; publish it again with `--epoch {}`",
+        binding.epoch >= request.least_epoch,
+        "the package has epoch {}, lower than the {} that this host has committed for {}: packages of lower epochs were withdrawn; \
+         publish it again with `--epoch {}`",
         binding.epoch,
-        wanted.least_epoch,
-        wanted.release.name,
-        wanted.least_epoch
+        request.least_epoch,
+        request.release.name,
+        request.least_epoch
     );
     claim.begin(keys)?;
     Ok(claim)
 }
 
 impl SignedClaim {
-    /// Takes the text of a signature's file apart.
+    /// Parses a signature file.
     fn read(text: &str) -> Result<SignedClaim> {
         let attempt = || {
             let line = text.lines().nth(1)?;
             Some((Signature::decode(text).ok()?, key_id(line)?, is_prehashed(line)?))
         };
-        let (signature, signer, is_prehashed) = attempt().context("its signature file is not one of minisign's")?;
+        let (signature, signer, is_prehashed) = attempt().context("the signature file is not a minisign signature")?;
         ensure!(
             is_prehashed,
-            "the signature is of minisign's legacy kind, which is not accepted; sign again with `minisign -S -H`, or \
+            "the signature has minisign's legacy format, which is not accepted; sign again with `minisign -S -H`, or \
              publish again with `aops gateway publish`"
         );
         let binding = signature.trusted_comment().parse().context(
-            "the signature does not say what the package is; sign it with `aops gateway publish`, or give minisign the comment \
+            "the signature's comment does not name the package; sign it with `aops gateway publish`, or give minisign the comment \
              `-t \"name=… version=… os=… arch=… epoch=…\"`",
         )?;
         Ok(SignedClaim { signature, signer, binding })
     }
 
-    /// Begins to verify a package's bytes, from its first one.
+    /// Starts to verify a package, from its first byte.
     pub(super) fn begin<'a>(&'a self, keys: &'a Keys) -> Result<Verification<'a>> {
         let streams = keys.with_id(self.signer).map(|key| Ok((key, key.public().verify_stream(&self.signature)?)));
         let verifiers = streams
@@ -102,36 +102,36 @@ impl SignedClaim {
     }
 }
 
-/// A package that is verified while its bytes come by, in their order.
+/// A verification in progress; it receives the package's bytes in order.
 pub(super) struct Verification<'a> {
     claim: &'a SignedClaim,
-    /// Of each trusted key with the signature's id.
+    /// One for each trusted key that has the signature's id.
     verifiers: Vec<(&'a Key, StreamVerifier<'a>)>,
     hasher: Sha256,
     size: u64,
 }
 
 impl<'a> Verification<'a> {
-    /// The bytes that follow those that it was given before.
+    /// Adds the next bytes.
     pub(super) fn update(&mut self, bytes: &[u8]) {
         self.hasher.update(bytes);
         self.verifiers.iter_mut().for_each(|(_, verifier)| verifier.update(bytes));
         self.size += bytes.len() as u64;
     }
 
-    /// How many bytes it was given.
+    /// Number of bytes added so far.
     pub(super) fn size(&self) -> u64 {
         self.size
     }
 
-    /// Judges the bytes that it was given as the whole of the package, by the signature.
+    /// Verifies the signature over the bytes added so far, which must be the whole package.
     pub(super) fn finish(self) -> Result<SignedPackage> {
         let Verification { claim: SignedClaim { signer, binding, .. }, size, .. } = self;
-        let (signed_by, sha256) = self.end();
+        let (signed_by, sha256) = self.signer_and_digest();
         let Some(signed_by) = signed_by else {
             let error = anyhow!(
-                "the package has been tampered with or damaged: its {size} bytes and its comment are not what the key {signer} \
-                 signed; nothing of it was unpacked. Publish it again, and find out who changed it"
+                "signature mismatch: the package was tampered with or damaged, as the key {signer} did not sign these {size} bytes with \
+                 this comment; nothing was unpacked. Publish it again, and find out how it was changed"
             );
             return Err(error.context(PackageRejected));
         };
@@ -139,36 +139,38 @@ impl<'a> Verification<'a> {
         Ok(SignedPackage { size, verified })
     }
 
-    /// Which key has signed the bytes that it was given, if any, and their SHA-256.
-    fn end(mut self) -> (Option<&'a Key>, Digest) {
+    /// Returns the key that signed the bytes, if any, and their SHA-256.
+    fn signer_and_digest(mut self) -> (Option<&'a Key>, Digest) {
         let signed_by =
             self.verifiers.iter_mut().find_map(|(key, verifier)| verifier.finalize().is_ok().then_some(*key));
         (signed_by, <[u8; 32]>::from(self.hasher.finalize()).into())
     }
 }
 
-/// A package that a trusted key has signed.
+/// A package signed by a trusted key.
 pub(super) struct SignedPackage {
     size: u64,
     verified: VerifiedPackage,
 }
 
 impl SignedPackage {
-    /// Compares it with what was announced.
-    pub(super) fn compared(self, wanted: &PackageRequest) -> Result<VerifiedPackage> {
-        ensure_size(self.size, wanted.size).context(PackageRejected)?;
+    /// Compares the package with the announced size and SHA-256.
+    pub(super) fn ensure_announced(self, request: &PackageRequest) -> Result<VerifiedPackage> {
+        ensure_size(self.size, request.size).context(PackageRejected)?;
         let sha256 = &self.verified.sha256;
-        if let Some(announced) = &wanted.sha256 {
-            let differs =
-                || anyhow!("its SHA-256 is {sha256} where {announced} was announced").context(PackageRejected);
+        if let Some(announced) = &request.sha256 {
+            let differs = || {
+                anyhow!("SHA-256 mismatch: the package has {sha256}, but {announced} was announced")
+                    .context(PackageRejected)
+            };
             ensure!(sha256 == announced, differs());
         }
         Ok(self.verified)
     }
 }
 
-/// Reads what follows in `from`, to its end, through a verification and perhaps into a file of ours. `each` is told how much came and may
-/// end it.
+/// Reads `from` to its end through a verification, and optionally copies it to a file. `each` receives the size of each chunk; its error
+/// stops the reading.
 pub(super) fn read_through(
     from: &mut impl Read,
     verification: &mut Verification<'_>,
@@ -197,25 +199,25 @@ fn in_chunks(from: &mut impl Read, mut each: impl FnMut(&[u8]) -> Result<()>) ->
     }
 }
 
-/// What a signature says that its package is, before anything was verified: of the kind that hosts accept.
+/// Returns the binding that a signature claims, unverified. Signatures of a kind that hosts reject are errors.
 pub fn claimed(signature: &str) -> Result<Binding> {
     Ok(SignedClaim::read(signature)?.binding)
 }
 
-/// What a signature is worth to who offers the package, by the keys at hand.
+/// The result of checking a signature with the keys at hand.
 #[cfg(feature = "gateway")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SignatureStatus {
     Good,
-    /// Made by a key that is not among these; hosts may know it.
+    /// Signed by a key that is not at hand; hosts may trust it.
     UnknownKey,
-    /// No host would accept it for these bytes.
+    /// No host accepts it for these bytes.
     Bad(String),
 }
 
-/// Verifies a package that is about to be offered as the hosts that fetch it will, and gives its SHA-256, of the same reading.
+/// Verifies a package before it is offered, as hosts will verify it; also returns its SHA-256, computed in the same pass.
 #[cfg(feature = "gateway")]
-pub fn judge(package: &mut File, signature: &str, keys: &Keys) -> Result<(SignatureStatus, Digest)> {
+pub fn check_signature(package: &mut File, signature: &str, keys: &Keys) -> Result<(SignatureStatus, Digest)> {
     let claim = SignedClaim::read(signature);
     let verification = claim
         .as_ref()
@@ -229,14 +231,16 @@ pub fn judge(package: &mut File, signature: &str, keys: &Keys) -> Result<(Signat
     read_through(package, &mut verification, None, &mut |_| Ok(()))?;
     let signer = verification.claim.signer;
     let is_known = !verification.verifiers.is_empty();
-    Ok(match verification.end() {
+    Ok(match verification.signer_and_digest() {
         (Some(_), sha256) => (SignatureStatus::Good, sha256),
-        (None, sha256) if is_known => (SignatureStatus::Bad(format!("the key {signer} signed others")), sha256),
+        (None, sha256) if is_known => {
+            (SignatureStatus::Bad(format!("signature mismatch: the key {signer} signed other bytes")), sha256)
+        }
         (None, sha256) => (SignatureStatus::UnknownKey, sha256),
     })
 }
 
-/// The SHA-256 of a whole file.
+/// Computes the SHA-256 of a whole file.
 pub fn sha256_of(file: &mut File) -> Result<Digest> {
     let mut hasher = Sha256::new();
     file.rewind()?;

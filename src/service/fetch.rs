@@ -87,7 +87,7 @@ fn remote(
         endpoints: ordered,
         keys: plan.trusted.keys.clone(),
         epochs: plan.epochs.clone(),
-        places,
+        paths: places,
     };
     let tree = fetching.fetch(request, &FetchLimits::default(), drop, &mut |done, total| {
         download.at(done, total);
@@ -144,7 +144,7 @@ fn choose(plan: &InstallPlan, client: &Client, endpoint: &Endpoint) -> Result<Pa
         match reply.status() {
             200 => return Ok(PackageRequest { file: Some(file), ..PackageRequest::new(release) }),
             404 => {}
-            _ => return Err(reply.refused().context(format!("cannot request {file} from {endpoint}"))),
+            _ => return Err(reply.into_error().context(format!("cannot request {file} from {endpoint}"))),
         }
     }
     bail!(

@@ -151,7 +151,7 @@ pub(super) fn plan(
     }
 
     let config = merge(existing_config.as_ref(), imported.config.as_ref(), options);
-    let config = with_proxy(config, &Proxies::of_environment(|name| std::env::var(name).ok()));
+    let config = with_proxy(config, &Proxies::from_environment(|name| std::env::var(name).ok()));
     if config.heartbeat_srv.is_empty() {
         return Err(UsageError(
             "--endpoint is missing, and there is no existing installation to take it from".to_owned(),
@@ -402,7 +402,7 @@ mod tests {
 
     #[test]
     fn the_environments_proxy_is_saved_if_an_endpoint_needs_it() {
-        let environment = Proxies::of_environment(|name| match name {
+        let environment = Proxies::from_environment(|name| match name {
             "https_proxy" => Some("http://u:secret@proxy:1".to_owned()),
             "no_proxy" => Some(".inside".to_owned()),
             _ => None,

@@ -233,7 +233,7 @@ pub(super) fn discover(
             }
             metadata => {
                 let since = metadata.and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
-                complete.push((since, stage::release(version, package::whole(&entry.path()).ok().as_ref())));
+                complete.push((since, stage::release(version, package::load_completed(&entry.path()).ok().as_ref())));
             }
         }
     }

@@ -247,7 +247,7 @@ pub(super) fn admit(
 ) -> Result<(ledger::LedgerRelease, Option<Program>)> {
     permissions::agent(home, name)?;
     permissions::release(home, name, version)?;
-    let completed = package::whole(&home.release(name, version))?;
+    let completed = package::load_completed(&home.release(name, version))?;
     let least = Epochs::load(home)?.least(name.as_str()).max(committed_epoch);
     completed.admit(least, &keyring::trusted(home)?)?;
     let program = inspect.then(|| launch::inspect(home, name, version)).transpose()?;
@@ -257,7 +257,7 @@ pub(super) fn admit(
 /// Checks whether a release that was active before is on disk and can be run. Its epoch is not checked: an operator may roll back to it.
 pub(super) fn check_usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     permissions::release(home, name, version)?;
-    package::whole(&home.release(name, version))?;
+    package::load_completed(&home.release(name, version))?;
     launch::inspect(home, name, version).map(drop)
 }
 

@@ -1,6 +1,6 @@
-//! Sends a heartbeat to the first endpoint that answers, over a connection that is kept for the next one.
+//! Sends a heartbeat to the first endpoint that answers, over a persistent connection.
 //!
-//! It blocks on the network and belongs to no thread.
+//! It blocks on the network and starts no threads.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,20 +12,20 @@ use crate::core::protocol::{Answer, Heartbeat};
 use crate::endpoint::{Client, Endpoint, Timeouts};
 use crate::home::Home;
 
-/// What came of one heartbeat.
+/// The result of one heartbeat.
 #[derive(Debug)]
 pub enum SendOutcome {
-    /// `passed_over`: why the endpoints before it did not; `refused`: of those that answered and were not believed.
+    /// `passed_over`: why earlier endpoints failed; `refused`: why answers among them were rejected.
     Answered {
         passed_over: Option<String>,
         refused: Option<String>,
         endpoint: Endpoint,
         answer: Box<Answer>,
         clock_offset: Option<i64>,
-        /// When the gateway's certificate ends, or one of those that vouch for it, seconds since 1970.
+        /// The earliest expiry in the gateway's certificate chain, seconds since 1970.
         certificate_end: Option<u64>,
     },
-    /// `refused`: of whoever answered and was not believed, why not.
+    /// `refused`: why answers were rejected, if any came.
     Failed { why: String, refused: Option<String>, retry_after: Option<Duration> },
 }
 
@@ -35,32 +35,32 @@ impl SendOutcome {
     }
 }
 
-/// The way to the gateway that one configuration describes.
+/// The connection to the gateway for one configuration.
 #[derive(Debug)]
 pub struct Sender {
     home: Home,
     agent_id: AgentId,
     config: Arc<Config>,
-    /// `None`: made with the next heartbeat.
+    /// `None`: created with the next heartbeat.
     client: Option<Client>,
 }
 
 impl Sender {
-    /// Nothing is connected yet.
+    /// Does not connect yet.
     pub fn new(home: &Home, agent_id: &AgentId, config: Arc<Config>) -> Sender {
         Sender { home: home.clone(), agent_id: agent_id.clone(), config, client: None }
     }
 
-    /// Whether it was made for this very configuration.
+    /// Whether it was created for this very configuration.
     pub fn is_for(&self, config: &Arc<Config>) -> bool {
         Arc::ptr_eq(&self.config, config)
     }
 
-    /// Tries the endpoints in order until one answers; says in the heartbeat how each one's certificate is checked.
+    /// Tries the endpoints in order until one answers. The heartbeat reports how each one's certificate is verified.
     pub fn send(&mut self, heartbeat: &mut Heartbeat) -> SendOutcome {
         let outcome = self.try_each(heartbeat);
         if outcome.is_any_refused() {
-            // The client read what it trusts when it was made; that may have been renewed since.
+            // The client loads its trust files when it is created; load them again, as they may have changed since.
             self.client = None;
         }
         outcome
@@ -84,8 +84,8 @@ impl Sender {
             match super::send(client, endpoint, heartbeat) {
                 Ok(HeartbeatAnswer { answer, clock_offset }) => {
                     if let Err(error) = client.learn(endpoint, &answer.pins) {
-                        // What was pinned before holds; the next answer says it again.
-                        tracing::warn!(error = format!("{error:#}"), "the gateway's keys are not kept");
+                        // The previous pins stay valid, and the next answer announces the keys again.
+                        tracing::warn!(error = format!("{error:#}"), "cannot save the gateway's announced keys");
                     }
                     let certificate_end = client.certificate_end(endpoint);
                     let (passed_over, refused) = (joined(&reasons), joined(&refused));
@@ -130,13 +130,13 @@ mod tests {
     }
 
     #[test]
-    fn the_first_endpoint_that_answers_is_heard_and_the_connection_kept() {
+    fn the_first_answer_is_used_and_the_connection_kept() {
         let busy = Server::plain(|_| CannedResponse::status(503));
         let good = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1", "generation": 7}"#));
         let unasked = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1", "generation": 8}"#));
         let mut sender = sender(&[&busy, &good, &unasked]);
         let SendOutcome::Answered { passed_over, refused, endpoint, answer, .. } = sender.send(&mut heartbeat()) else {
-            panic!("nobody answered")
+            panic!("no endpoint answered")
         };
         assert!(passed_over.unwrap().contains("503"));
         assert_eq!((refused, endpoint, answer.generation), (None, good.endpoint(), 7));
@@ -144,12 +144,12 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_is_not_believed_is_passed_over_and_trust_is_read_again() {
+    fn an_untrusted_endpoint_is_skipped_and_the_trust_files_are_reloaded() {
         let wrong = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-2"}"#));
         let good = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1"}"#));
         let mut both = sender(&[&wrong, &good]);
         let SendOutcome::Answered { passed_over, refused, .. } = both.send(&mut heartbeat()) else {
-            panic!("nobody answered")
+            panic!("no endpoint answered")
         };
         assert!(refused.is_some() && refused == passed_over);
         assert!(both.client.is_none());
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_wait_that_an_endpoint_asks_for_is_told() {
+    fn the_longest_retry_after_is_reported() {
         let busy = |seconds: &'static str| {
             Server::plain(move |_| CannedResponse {
                 headers: vec![("retry-after", seconds.to_owned())],
@@ -172,7 +172,7 @@ mod tests {
         let servers = ["5", "17", "3"].map(busy);
         let mut sender = sender(&servers.each_ref());
         let SendOutcome::Failed { why, refused: None, retry_after } = sender.send(&mut heartbeat()) else {
-            panic!("somebody answered")
+            panic!("an endpoint answered")
         };
         assert_eq!(retry_after, Some(Duration::from_secs(17)));
         assert_eq!(why.matches("503").count(), 3, "{why}");

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::archives::attacks;
 use crate::core::model::{Os, Packing};
-use crate::package::look_through;
+use crate::package::inspect;
 
 /// The archive is stored on disk while it is read; a memory file system is enough.
 fn unpack(bytes: &[u8], packing: Packing) {
@@ -19,7 +19,7 @@ fn unpack(bytes: &[u8], packing: Packing) {
         file.write_all(bytes).expect("there is space for an archive");
         let os = if bytes.len().is_multiple_of(2) { Os::Linux } else { Os::Windows };
         let mut paths = std::collections::BTreeSet::new();
-        let looked = look_through(file, packing, os, &mut |seen| {
+        let looked = inspect(file, packing, os, &mut |seen| {
             let path = seen.path;
             assert!(!path.is_empty() && !path.starts_with('/') && !path.contains(['\\', '\0']), "{path:?}");
             assert!(path.split('/').all(|part| !part.is_empty() && part != "." && part != ".."), "{path:?}");

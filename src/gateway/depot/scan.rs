@@ -195,7 +195,7 @@ fn check_file(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<
     if binding.release.packing_of(name).is_none() {
         bail!("its signature is for {}", binding.release);
     }
-    let (status, sha256) = package::judge(&mut file, &text, keys)?;
+    let (status, sha256) = package::check_signature(&mut file, &text, keys)?;
     match &status {
         SignatureStatus::Good => {}
         SignatureStatus::UnknownKey => {

@@ -21,7 +21,7 @@ pub(in crate::gateway) fn signature_path(file: &Path) -> PathBuf {
 pub(in crate::gateway) fn signature_status(file: &Path, keys: &Keys) -> Result<Option<(SignatureStatus, String)>> {
     let Some(bytes) = store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes).into_owned();
-    let (status, _) = package::judge(&mut File::open(file)?, &text, keys)?;
+    let (status, _) = package::check_signature(&mut File::open(file)?, &text, keys)?;
     Ok(Some((status, text)))
 }
 

@@ -192,12 +192,12 @@ fn a_signature_that_hosts_would_reject_is_not_published() {
     };
     for text in [&own, &signature(&Signer::generate().unwrap())] {
         put(&legacy(text));
-        assert!(bench.refusal("", &archive).contains("legacy kind"));
+        assert!(bench.refusal("", &archive).contains("legacy format"));
     }
 
     // One without a valid trusted comment.
     put(&own.replace("epoch=7", "epoch=seven"));
-    assert!(bench.refusal("", &archive).contains("does not say what the package is"));
+    assert!(bench.refusal("", &archive).contains("does not name the package"));
     assert_eq!((bench.leftovers(), bench.index().packages()), (0, 0));
 
     put(&format!("{own}{}", "\n".repeat(padding - 1)));
@@ -237,7 +237,7 @@ fn a_package_of_the_manager_creates_the_bootstrap_with_the_depots_keys() {
     let archive = bench.dir.path().join("spm.tar.gz");
     let line_of = |version: &str| format!("--name aops-spm --version {version} --os linux --arch 386");
     for (bad, words) in
-        [("no key", "as a minisign public key"), ("", "it is empty"), (key.as_str(), "both brings and revokes")]
+        [("no key", "is not a minisign public key"), ("", "it is empty"), (key.as_str(), "both brings and revokes")]
     {
         for name in ["keys/1.pub", "keys/revoked/1.pub"] {
             fs::write(tree.join(name), bad).unwrap();
@@ -303,7 +303,7 @@ fn packages_that_no_host_would_unpack_are_rejected() {
     for (tree, os, word) in [
         (&in_case, "linux", "differ in case"),
         (&through, "linux", "leaves the package"),
-        (&windows, "windows", "cannot be the name of a file on windows"),
+        (&windows, "windows", "is not a valid file name on windows"),
     ] {
         let refusal = bench.refusal(&format!("--name a --version 1 --os {os} --arch amd64"), tree);
         assert!(refusal.contains(word), "{refusal}");

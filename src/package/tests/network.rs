@@ -1,18 +1,18 @@
-//! Facts about downloads over networks that break, lie and dawdle.
+//! Tests of downloads over slow and unreliable networks, and with faulty servers.
 
 use std::sync::atomic::AtomicBool;
 
 use super::*;
 
 #[test]
-fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_same() {
+fn a_damaged_package_is_fetched_again_from_the_next_source_or_the_same_one() {
     let bytes = archive(1000);
     let (keys, signature) = signed(&bytes);
     let count = Arc::new(AtomicUsize::new(0));
     let damaging = |times: usize| {
         let (bytes, signature, count) = (bytes.clone(), signature.clone(), Arc::clone(&count));
-        Server::plain(move |asked| {
-            if asked.path.ends_with(SIGNATURE_SUFFIX) {
+        Server::plain(move |request| {
+            if request.path.ends_with(SIGNATURE_SUFFIX) {
                 return CannedResponse::ok(signature.clone());
             }
             let mut sent = bytes.clone();
@@ -20,56 +20,56 @@ fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_
             CannedResponse { headers: vec![("etag", "\"a\"".to_owned())], ..CannedResponse::ok(sent) }
         })
     };
-    let asked = || count.swap(0, Ordering::SeqCst);
+    let requests = || count.swap(0, Ordering::SeqCst);
     let wanted = PackageRequest::new(release());
 
-    let (desk, once) = (Desk::new(), damaging(1));
-    desk.fetch(&[once.endpoint()], &wanted, &keys).unwrap();
-    assert_eq!(asked(), 2);
+    let (fetcher, once) = (Fetcher::new(), damaging(1));
+    fetcher.fetch(&[once.endpoint()], &wanted, &keys).unwrap();
+    assert_eq!(requests(), 2);
 
-    let (always, good, lacking) =
+    let (always, good, without_package) =
         (damaging(100), depot(bytes.clone(), signature.clone()), Server::plain(|_| CannedResponse::status(404)));
-    desk.fetch(&[always.endpoint(), good.endpoint()], &wanted, &keys).unwrap();
-    assert_eq!(asked(), 1);
-    for endpoints in [vec![always.endpoint()], vec![always.endpoint(), lacking.endpoint()]] {
-        let error = desk.fetch(&endpoints, &wanted, &keys).unwrap_err();
+    fetcher.fetch(&[always.endpoint(), good.endpoint()], &wanted, &keys).unwrap();
+    assert_eq!(requests(), 1);
+    for endpoints in [vec![always.endpoint()], vec![always.endpoint(), without_package.endpoint()]] {
+        let error = fetcher.fetch(&endpoints, &wanted, &keys).unwrap_err();
         assert!(error.contains("tampered with") && error.contains(&always.endpoint().to_string()), "{error}");
-        assert_eq!(asked(), 2);
-        assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
+        assert_eq!(requests(), 2);
+        assert_eq!(entries(&fetcher.paths.cache).unwrap().len(), 0);
     }
-    // Two that send damage do not use up the try of a third one, and of damage alone there is an end.
+    // Damaged data from two sources does not use up the attempt at the third; the number of damaged downloads is limited.
     let (other, third) = (damaging(100), damaging(100));
-    desk.fetch(&[always.endpoint(), other.endpoint(), good.endpoint()], &wanted, &keys).unwrap();
-    assert_eq!(asked(), 2);
-    desk.fetch(&[always.endpoint(), other.endpoint(), third.endpoint()], &wanted, &keys).unwrap_err();
-    assert_eq!(asked(), 4);
+    fetcher.fetch(&[always.endpoint(), other.endpoint(), good.endpoint()], &wanted, &keys).unwrap();
+    assert_eq!(requests(), 2);
+    fetcher.fetch(&[always.endpoint(), other.endpoint(), third.endpoint()], &wanted, &keys).unwrap_err();
+    assert_eq!(requests(), 4);
 
-    // What the second one sent was damaged on its way, once.
+    // The second source's data is damaged in transit, once.
     let (spoilt, bytes, signature) = (AtomicBool::new(false), bytes.clone(), signature.clone());
-    let once = Server::plain(move |asked| {
+    let once = Server::plain(move |request| {
         let mut sent = bytes.clone();
-        match asked.path.ends_with(SIGNATURE_SUFFIX) {
+        match request.path.ends_with(SIGNATURE_SUFFIX) {
             true => return CannedResponse::ok(signature.clone()),
             false => sent[500] ^= u8::from(!spoilt.swap(true, Ordering::SeqCst)),
         }
         CannedResponse::ok(sent)
     });
-    desk.fetch(&[always.endpoint(), once.endpoint()], &wanted, &keys).unwrap();
-    assert_eq!(asked(), 2);
+    fetcher.fetch(&[always.endpoint(), once.endpoint()], &wanted, &keys).unwrap();
+    assert_eq!(requests(), 2);
 }
 
 #[test]
-fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
+fn a_response_that_is_not_part_of_the_file_leaves_the_partial_file_unchanged() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (count, whole) = (AtomicUsize::new(0), bytes.clone());
     let ranges = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&ranges);
-    let server = Server::plain(move |asked| {
-        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+    let server = Server::plain(move |request| {
+        if request.path.ends_with(SIGNATURE_SUFFIX) {
             return CannedResponse::ok(signature.clone());
         }
-        seen.lock().unwrap().push(asked.headers.get("range").cloned());
+        seen.lock().unwrap().push(request.headers.get("range").cloned());
         let part = |from: usize, etag: &str, said: String| CannedResponse {
             status: 206,
             headers: vec![("etag", etag.to_owned()), ("content-range", said)],
@@ -82,7 +82,7 @@ fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
                 cut_after: Some(300_000),
                 ..CannedResponse::ok(whole.clone())
             },
-            // A page, and something of another size, both with a good status.
+            // An HTML page, and a body of the wrong size, both with status 200.
             1 => CannedResponse {
                 headers: vec![("content-type", "Text/HTML; charset=x".to_owned())],
                 ..CannedResponse::ok("<html>")
@@ -92,57 +92,57 @@ fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
             _ => part(300_000, "\"a\"", right),
         }
     });
-    let (desk, wanted) =
-        (Desk::new(), PackageRequest { size: Some(bytes.len() as u64), ..PackageRequest::new(release()) });
-    desk.fetch(&[server.endpoint()], &wanted, &keys).unwrap();
+    let (fetcher, wanted) =
+        (Fetcher::new(), PackageRequest { size: Some(bytes.len() as u64), ..PackageRequest::new(release()) });
+    fetcher.fetch(&[server.endpoint()], &wanted, &keys).unwrap();
     let ranges = ranges.lock().unwrap();
     assert_eq!(ranges.len(), 5);
     assert!(ranges[1..].iter().all(|range| range.as_deref() == Some("bytes=300000-")), "{ranges:?}");
 }
 
 #[test]
-fn a_part_of_another_file_is_not_taken_for_the_rest() {
+fn a_range_of_another_file_is_not_appended() {
     let bytes = archive(1000);
     let (keys, signature) = signed(&bytes);
     let size = bytes.len();
     for said in [
         (Some("\"b\""), format!("bytes 500-{}/{size}", size - 1)),
-        // Nobody knows any more from whom the first part is: this one must say that it has the same.
+        // The origin of the partial file is unknown, so the server must confirm the ETag.
         (None, format!("bytes 500-{}/{size}", size - 1)),
         (Some("\"a\""), format!("bytes 400-{}/{size}", size - 1)),
         (Some("\"a\""), format!("bytes 500-{size}/{size}")),
         (Some("\"a\""), "nonsense".to_owned()),
     ] {
-        let (desk, whole, signature, sent) = (Desk::new(), bytes.clone(), signature.clone(), said.clone());
-        desk.left(&bytes[..500], Some("\"a\""));
-        let server = Server::plain(move |asked| {
-            if asked.path.ends_with(SIGNATURE_SUFFIX) {
+        let (fetcher, whole, signature, sent) = (Fetcher::new(), bytes.clone(), signature.clone(), said.clone());
+        fetcher.leave_partial(&bytes[..500], Some("\"a\""));
+        let server = Server::plain(move |request| {
+            if request.path.ends_with(SIGNATURE_SUFFIX) {
                 return CannedResponse::ok(signature.clone());
             }
-            if !asked.headers.contains_key("range") {
+            if !request.headers.contains_key("range") {
                 return CannedResponse::status(404);
             }
             let mut headers = vec![("content-range", sent.1.clone())];
             headers.extend(sent.0.map(|etag| ("etag", etag.to_owned())));
             CannedResponse { status: 206, headers, ..CannedResponse::ok(vec![b'x'; whole.len() - 500]) }
         });
-        // It is asked for as a whole; the bytes were not even looked at.
-        let error = desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap_err();
-        assert!(error.contains("there is no such package") && !error.contains("tampered"), "{said:?}: {error}");
+        // The whole file is requested; the bytes of the range were not used.
+        let error = fetcher.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap_err();
+        assert!(error.contains("package not found") && !error.contains("tampered"), "{said:?}: {error}");
     }
 }
 
 #[test]
-fn a_page_in_mid_download_costs_nothing_also_where_nobody_told_the_size() {
+fn an_html_page_leaves_the_partial_file_of_a_package_of_unknown_size_unchanged() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (count, rest) = (AtomicUsize::new(0), bytes[300_000..].to_vec());
     let said = format!("bytes 300000-{}/{}", bytes.len() - 1, bytes.len());
-    let server = Server::plain(move |asked| {
-        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+    let server = Server::plain(move |request| {
+        if request.path.ends_with(SIGNATURE_SUFFIX) {
             return CannedResponse::ok(signature.clone());
         }
-        assert_eq!(asked.headers.get("range").map(String::as_str), Some("bytes=300000-"));
+        assert_eq!(request.headers.get("range").map(String::as_str), Some("bytes=300000-"));
         if count.fetch_add(1, Ordering::SeqCst) == 0 {
             return CannedResponse {
                 headers: vec![("content-type", "text/html".to_owned())],
@@ -152,42 +152,43 @@ fn a_page_in_mid_download_costs_nothing_also_where_nobody_told_the_size() {
         let headers = vec![("etag", "\"a\"".to_owned()), ("content-range", said.clone())];
         CannedResponse { status: 206, headers, ..CannedResponse::ok(rest.clone()) }
     });
-    let desk = Desk::new();
-    desk.left(&bytes[..300_000], Some("\"a\""));
-    desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap();
+    let fetcher = Fetcher::new();
+    fetcher.leave_partial(&bytes[..300_000], Some("\"a\""));
+    fetcher.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap();
 }
 
 #[test]
-fn who_asks_to_be_left_alone_for_long_is() {
+fn a_long_retry_after_ends_the_fetch() {
     let bytes = archive(10);
     let (keys, signature) = signed(&bytes);
     let count = Arc::new(AtomicUsize::new(0));
-    let asked = Arc::clone(&count);
+    let requests = Arc::clone(&count);
     let server = Server::plain(move |request| match request.path.ends_with(SIGNATURE_SUFFIX) {
         true => CannedResponse::ok(signature.clone()),
         false => {
-            asked.fetch_add(1, Ordering::SeqCst);
+            requests.fetch_add(1, Ordering::SeqCst);
             CannedResponse { headers: vec![("retry-after", "120".to_owned())], ..CannedResponse::status(429) }
         }
     });
-    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
+    let (fetcher, endpoints) = (Fetcher::new(), [server.endpoint()]);
+    let error = fetch(&fetcher.fetch_context(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true)
+        .unwrap_err();
     let unavailable = error.downcast_ref::<Unavailable>().expect("it is the source that failed");
     assert_eq!(unavailable.retry_after, Some(Duration::from_secs(120)));
-    assert!(format!("{error:#}").contains("left alone for 2m"), "{error:#}");
+    assert!(format!("{error:#}").contains("retry after 2m"), "{error:#}");
     assert_eq!(count.load(Ordering::SeqCst), 1);
 }
 
 #[test]
-fn a_download_that_takes_too_long_ends_and_the_next_one_goes_on() {
+fn a_download_that_timed_out_is_resumed_by_the_next_one() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (count, whole, tag) = (AtomicUsize::new(0), bytes.clone(), vec![("etag", "\"a\"".to_owned())]);
-    let server = Server::plain(move |asked| {
-        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+    let server = Server::plain(move |request| {
+        if request.path.ends_with(SIGNATURE_SUFFIX) {
             return CannedResponse::ok(signature.clone());
         }
-        let from: usize = asked.headers.get("range").map_or(0, |range| range[6..range.len() - 1].parse().unwrap());
+        let from: usize = request.headers.get("range").map_or(0, |range| range[6..range.len() - 1].parse().unwrap());
         let mut headers = tag.clone();
         headers.push(("content-range", format!("bytes {from}-{}/{}", whole.len() - 1, whole.len())));
         let drip = (count.fetch_add(1, Ordering::SeqCst) == 0).then_some((100_000, Duration::from_millis(20)));
@@ -199,15 +200,15 @@ fn a_download_that_takes_too_long_ends_and_the_next_one_goes_on() {
             ..CannedResponse::default()
         }
     });
-    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    let means = FetchContext { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
-    let began = Instant::now();
-    let error = fetch(&means, &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
+    let (fetcher, endpoints) = (Fetcher::new(), [server.endpoint()]);
+    let context = FetchContext { timeout: Duration::from_secs(1), ..fetcher.fetch_context(&endpoints, &keys) };
+    let start = Instant::now();
+    let error = fetch(&context, &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
     assert!(format!("{error:#}").contains("within 1s (downloadTimeout)"), "{error:#}");
-    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
-    assert!(fs::metadata(desk.places.cache.join(format!("{FILE}.part"))).unwrap().len() >= 100_000);
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    assert!(fs::metadata(fetcher.paths.cache.join(format!("{FILE}.part"))).unwrap().len() >= 100_000);
     let mut first = None;
-    let tree = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| {
+    let tree = fetch(&fetcher.fetch_context(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| {
         if done > 0 {
             first.get_or_insert(done);
         }
@@ -218,96 +219,102 @@ fn a_download_that_takes_too_long_ends_and_the_next_one_goes_on() {
 }
 
 #[test]
-fn a_download_that_nobody_wants_any_more_ends_and_keeps_what_came() {
+fn a_cancelled_download_keeps_the_partial_file() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
-    let (server, _) = breaking(bytes, signature, "\"a\"", 0, 0);
-    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| done < 100_000);
-    assert!(format!("{:#}", error.unwrap_err()).contains("not wanted any more"));
-    assert_eq!(entries(&desk.places.cache).unwrap().len(), 2);
+    let (server, _) = interrupting(bytes, signature, "\"a\"", 0, 0);
+    let (fetcher, endpoints) = (Fetcher::new(), [server.endpoint()]);
+    let error = fetch(&fetcher.fetch_context(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| {
+        done < 100_000
+    });
+    assert!(format!("{:#}", error.unwrap_err()).contains("no longer wanted"));
+    assert_eq!(entries(&fetcher.paths.cache).unwrap().len(), 2);
 }
 
 #[test]
-fn downloads_keep_to_the_rate_that_they_share() {
+fn downloads_share_the_rate_limit() {
     let bytes = archive(150_000);
     let (keys, signature) = signed(&bytes);
     let server = depot(bytes.clone(), signature);
-    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    desk.commons.limit(Some(200_000));
-    let began = Instant::now();
+    let (fetcher, endpoints) = (Fetcher::new(), [server.endpoint()]);
+    fetcher.limits.limit(Some(200_000));
+    let start = Instant::now();
     for _ in 0..2 {
-        fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap();
+        fetch(&fetcher.fetch_context(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap();
     }
-    assert!(began.elapsed() >= Duration::from_millis(1400), "{:?}", began.elapsed());
-    desk.commons.limit(None);
-    assert_eq!(desk.commons.take(1 << 30), Duration::ZERO);
+    assert!(start.elapsed() >= Duration::from_millis(1400), "{:?}", start.elapsed());
+    fetcher.limits.limit(None);
+    assert_eq!(fetcher.limits.take(1 << 30), Duration::ZERO);
 }
 
 #[test]
-fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
+fn a_download_reserves_disk_space_until_it_is_unpacked() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     let (server, size) = (depot(bytes.clone(), signature), bytes.len() as u64);
-    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    let (fetcher, endpoints) = (Fetcher::new(), [server.endpoint()]);
     for announced in [Some(size), None] {
         let mut seen = Vec::new();
         let wanted = PackageRequest { size: announced, ..PackageRequest::new(release()) };
-        let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, _| {
-            seen.push((done, desk.commons.space.promised()));
+        let tree = fetch(&fetcher.fetch_context(&endpoints, &keys), &wanted, &mut |done, _| {
+            seen.push((done, fetcher.limits.disk.reserved()));
             true
         });
         tree.unwrap();
-        assert_eq!(seen.iter().find(|(_, promised)| *promised > 0), Some(&(0, 4 * size)));
+        assert_eq!(seen.iter().find(|(_, reserved)| *reserved > 0), Some(&(0, 4 * size)));
         assert_eq!(seen.iter().find(|(done, _)| *done == size), Some(&(size, 3 * size)));
-        // What is unpacked lies on the disk, and is not promised any more.
-        assert!(seen.last().is_some_and(|(done, promised)| *done == size && *promised < 3 * size), "{seen:?}");
-        assert_eq!(desk.commons.space.promised(), 0);
+        // Unpacked bytes are no longer reserved.
+        assert!(seen.last().is_some_and(|(done, reserved)| *done == size && *reserved < 3 * size), "{seen:?}");
+        assert_eq!(fetcher.limits.disk.reserved(), 0);
     }
-    // Room that was promised to others is not there for this one; it does not wait for longer than it may take.
-    fs::create_dir_all(&desk.places.staging).unwrap();
-    let free = crate::platform::free_space(&desk.places.staging).unwrap();
-    // It needs four times its size, and twice is left.
+    // Space reserved by others is not available; the fetch waits until its time limit.
+    fs::create_dir_all(&fetcher.paths.staging).unwrap();
+    let free = crate::platform::free_space(&fetcher.paths.staging).unwrap();
+    // It needs four times its size, and twice its size is left.
     let size = (free / 16).min(1 << 30);
     let soon = Instant::now() + Duration::from_secs(5);
-    let mut others = PackageSpace::new(&desk.commons.space, &desk.places.staging, soon);
-    others.fit((free - (64 << 20) - 2 * size) / 4, &mut || Ok(())).unwrap();
+    let mut others = PackageSpace::new(&fetcher.limits.disk, &fetcher.paths.staging, soon);
+    others.reserve((free - (64 << 20) - 2 * size) / 4, &mut || Ok(())).unwrap();
     let wanted = PackageRequest { size: Some(size), ..PackageRequest::new(release()) };
-    let means = FetchContext { within: Duration::from_millis(200), ..desk.means(&endpoints, &keys) };
-    let error = format!("{:#}", fetch(&means, &wanted, &mut |_, _| true).unwrap_err());
-    assert!(error.contains("for others that are being fetched"), "{error}");
+    let context = FetchContext { timeout: Duration::from_millis(200), ..fetcher.fetch_context(&endpoints, &keys) };
+    let error = format!("{:#}", fetch(&context, &wanted, &mut |_, _| true).unwrap_err());
+    assert!(error.contains("for other downloads"), "{error}");
     drop(others);
 }
 
 #[test]
-fn a_redirect_of_a_download_goes_nowhere_else_and_tells_nobody_else_who_asks() {
+fn a_download_follows_no_redirect_to_another_host_and_sends_it_no_agent_id() {
     let bytes = archive(10);
     let (keys, signature) = signed(&bytes);
     let stolen = Server::plain(|_| CannedResponse::ok("stolen"));
     let elsewhere = stolen.endpoint().url("/x");
     let ids = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&ids);
-    let server = Server::plain(move |asked| {
-        seen.lock().unwrap().push((asked.path.clone(), asked.headers.contains_key("x-agent-id")));
-        let to = |place: String| CannedResponse { headers: vec![("location", place)], ..CannedResponse::status(302) };
-        match asked.path.strip_prefix("/api/download/") {
+    let server = Server::plain(move |request| {
+        seen.lock().unwrap().push((request.path.clone(), request.headers.contains_key("x-agent-id")));
+        let to = |directory: String| CannedResponse {
+            headers: vec![("location", directory)],
+            ..CannedResponse::status(302)
+        };
+        match request.path.strip_prefix("/api/download/") {
             Some(file) => to(format!("/moved/{file}")),
-            None if asked.path.starts_with("/away") => to(elsewhere.clone()),
-            None if asked.path.ends_with(SIGNATURE_SUFFIX) => CannedResponse::ok(signature.clone()),
+            None if request.path.starts_with("/away") => to(elsewhere.clone()),
+            None if request.path.ends_with(SIGNATURE_SUFFIX) => CannedResponse::ok(signature.clone()),
             None => CannedResponse::ok(bytes.clone()),
         }
     });
-    let desk = Desk::new();
-    desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap();
-    assert!(ids.lock().unwrap().iter().all(|(_, told)| *told), "{ids:?}");
+    let fetcher = Fetcher::new();
+    fetcher.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap();
+    assert!(ids.lock().unwrap().iter().all(|(_, response)| *response), "{ids:?}");
     ids.lock().unwrap().clear();
 
-    // Of a tarball's host, which is no endpoint of ours.
+    // The tarball's server is not one of the endpoints.
     let tarball = Some(server.endpoint().url("/away"));
-    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
-    let ours = format!("http://{nobody}").parse().unwrap();
-    let error = desk.fetch(&[ours], &PackageRequest { tarball, ..PackageRequest::new(release()) }, &keys).unwrap_err();
-    assert!(error.contains("another host"), "{error}");
-    assert!(ids.lock().unwrap().iter().all(|(_, told)| !told), "{ids:?}");
+    let unused = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    let ours = format!("http://{unused}").parse().unwrap();
+    let error =
+        fetcher.fetch(&[ours], &PackageRequest { tarball, ..PackageRequest::new(release()) }, &keys).unwrap_err();
+    assert!(error.contains("a different host"), "{error}");
+    assert!(ids.lock().unwrap().iter().all(|(_, response)| !response), "{ids:?}");
     assert_eq!(stolen.connections(), 0);
 }

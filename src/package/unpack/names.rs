@@ -1,9 +1,9 @@
-//! Which names a package's files may have, and where its links may lead. Pure: the same package is judged the same on every host.
+//! The rules for file names and link targets in a package. Pure: every host decides the same about the same package.
 //!
-//! | refused | for |
+//! | rejected | for |
 //! |---|---|
 //! | absolute paths, `..`, backslashes, control characters (NUL among them), over-long names and paths | every package |
-//! | two names that differ in the case of their letters alone | every package: who packs on Linux finds out there |
+//! | two names that differ in case alone | every package, so that packing on Linux shows it |
 //! | devices (`NUL`, `com1.txt`), a dot or a space at the end, any of `< > : " \| ? *` | packages for Windows, which cannot hold them |
 
 use anyhow::{Result, bail, ensure};
@@ -12,18 +12,18 @@ use super::UnpackLimits;
 use crate::core::model::Os;
 use crate::core::names::windows_can_hold;
 
-/// A path below the root, without `.` and doubled slashes; empty for the root itself. Refuses whatever could lie elsewhere.
+/// Normalizes a path: no `.`, no double slashes; empty for the root itself. Rejects paths that could lead out of the root.
 pub(super) fn relative(path: &str, os: Os, limits: &UnpackLimits) -> Result<String> {
-    ensure!(!path.starts_with('/'), "its path is absolute");
-    ensure!(path.len() <= limits.path, "its path has more than {} bytes", limits.path);
+    ensure!(!path.starts_with('/'), "the path is absolute");
+    ensure!(path.len() <= limits.path, "the path has more than {} bytes", limits.path);
     let mut clean = String::with_capacity(path.len());
     for part in path.split('/') {
         match part {
             "" | "." => {}
-            ".." => bail!("its path goes up (..)"),
+            ".." => bail!("the path contains .."),
             _ => {
-                ensure!(part.len() <= limits.name, "a name in its path has more than {} bytes", limits.name);
-                ensure!(can_be_file_name(part, os), "{part:?} cannot be the name of a file on {os}");
+                ensure!(part.len() <= limits.name, "a name in the path has more than {} bytes", limits.name);
+                ensure!(can_be_file_name(part, os), "{part:?} is not a valid file name on {os}");
                 if !clean.is_empty() {
                     clean.push('/');
                 }
@@ -34,9 +34,9 @@ pub(super) fn relative(path: &str, os: Os, limits: &UnpackLimits) -> Result<Stri
     Ok(clean)
 }
 
-/// Whether a name without slashes can be that of a file there.
+/// Whether a name without slashes is a valid file name on that system.
 fn can_be_file_name(name: &str, os: Os) -> bool {
-    // A backslash is a separator on Windows, and in no name that anybody gives a file elsewhere.
+    // A backslash is a separator on Windows, and unusual in file names elsewhere.
     let harmless = !name.contains(|c: char| c == '\\' || c.is_control());
     harmless
         && match os {
@@ -45,7 +45,7 @@ fn can_be_file_name(name: &str, os: Os) -> bool {
         }
 }
 
-/// Writes a path as a file system that minds no case sees it: each letter on its own, as NTFS does.
+/// Folds the case of a path as a case-insensitive file system does: each character on its own, as NTFS does.
 pub(super) fn fold_into(folded: &mut String, path: &str) {
     folded.clear();
     if path.is_ascii() {
@@ -56,7 +56,7 @@ pub(super) fn fold_into(folded: &mut String, path: &str) {
     folded.extend(path.chars().map(fold));
 }
 
-/// Up and down again: some letters share an upper case only, and some a lower case only.
+/// Converts to upper and then to lower case: some letters share only the one, and some only the other.
 fn fold(c: char) -> char {
     let upper = only(c.to_uppercase()).unwrap_or(c);
     only(upper.to_lowercase()).unwrap_or(upper)
@@ -66,11 +66,11 @@ fn only(mut letters: impl Iterator<Item = char>) -> Option<char> {
     letters.next().filter(|_| letters.next().is_none())
 }
 
-/// Whether a symbolic link at `path` can only lead to something below the root.
+/// Whether a symbolic link at `path` can only lead to a path below the root.
 ///
-/// `..` may stand at the target's beginning alone: there it counts from directories that really are where they seem to be. Behind a
-/// name, that name may itself be a link, and `..` would lead up from wherever that one points. So every link leads down from a real
-/// directory of the tree, by names alone; and if a name is a link again, the same holds for that one.
+/// `..` is allowed at the start of the target alone, where it is relative to real directories. After a name, which may itself be a link,
+/// `..` would lead up from that link's target. So every link leads from a real directory of the tree downwards by names alone, and the
+/// same holds for links among those names.
 pub(in super::super) fn link_stays_inside(path: &str, target: &str, os: Os) -> bool {
     if target.is_empty() || target.starts_with('/') {
         return false;
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn each_system_has_names_that_it_cannot_hold() {
+    fn invalid_file_names_are_rejected_for_each_system() {
         for bad in [
             "NUL",
             "nul.txt",
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn names_fold_as_file_systems_without_case_do() {
+    fn case_folding_matches_case_insensitive_file_systems() {
         let folded = |text: &str| {
             let mut folded = String::new();
             fold_into(&mut folded, text);
@@ -169,9 +169,9 @@ mod tests {
     }
 
     proptest! {
-        /// What is taken is below the root, is taken again as it is, and joins to a path without surprises.
+        /// An accepted path is below the root, is accepted again unchanged, and has no special components.
         #[test]
-        fn a_path_that_is_taken_stays_where_it_is(path in "[a-zA-Z0-9./\\\\: \u{0}-\u{1f}é]{0,40}") {
+        fn an_accepted_path_stays_below_the_root(path in "[a-zA-Z0-9./\\\\: \u{0}-\u{1f}é]{0,40}") {
             for os in [Os::Linux, Os::Windows] {
                 let limits = UnpackLimits::default();
                 if let Ok(clean) = relative(&path, os, &limits) {
@@ -182,14 +182,14 @@ mod tests {
             }
         }
 
-        /// Whatever links there are, following a name that leads through any of them ends below the root.
+        /// Following any accepted links from any path ends below the root.
         #[test]
         fn no_chain_of_links_leads_out(
             links in prop::collection::vec(("[ab](/[ab]){0,3}", "(\\.\\./|\\./){0,3}[ab.]{0,2}(/[ab.]{1,2}){0,3}"), 1..8),
             start in "[ab](/[ab]){0,4}",
         ) {
             let made: Vec<_> = links.iter().filter(|(path, target)| link_stays_inside(path, target, Os::Linux)).collect();
-            // Paths are resolved as a kernel does it, from a root whose parent is told apart.
+            // Resolve the path as a kernel does; leaving the root is an error here.
             let mut here: Vec<String> = Vec::new();
             let mut rest: Vec<String> = start.split('/').rev().map(str::to_owned).collect();
             for _ in 0..200 {
@@ -200,7 +200,7 @@ mod tests {
                     _ => {
                         here.push(part);
                         let path = here.join("/");
-                        // A link lies where no link leads through: its directories are real.
+                        // Links are created in real directories only.
                         if let Some((_, target)) = made.iter().find(|(link, _)| *link == path) {
                             here.pop();
                             rest.extend(target.split('/').rev().map(str::to_owned));

@@ -1,7 +1,7 @@
-//! What may be made of a package's entries, one after the other: decided here, from their names and sizes alone; carried out elsewhere.
+//! Decides which entries of a package are accepted, from their names and sizes alone. Another module writes them.
 //!
-//! Every entry is judged against those before it. Files lie in directories that are the package's own, no name is used twice, and what is
-//! counted stays within the limits.
+//! Every entry is checked against the earlier ones: files must be in directories of the package, names must be unique, and counts and
+//! sizes must stay within the limits.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -13,15 +13,15 @@ use super::names::{fold_into, link_stays_inside, relative};
 use crate::core::model::Os;
 use crate::home::COMPLETE;
 
-/// A link's target beyond this is none that a file system takes.
+/// The longest link target that file systems support.
 pub(super) const MAX_TARGET_BYTES: usize = 4095;
 
 const SET_ID: u32 = 0o6000;
 
-/// What a path below the root is.
+/// The kind of a path below the root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PathKind {
-    /// Only because something lies in it; its own entry may yet come.
+    /// Implied by an entry below it; its own entry may follow.
     ImpliedDirectory,
     Directory,
     File,
@@ -31,31 +31,31 @@ enum PathKind {
 #[derive(Debug, Clone, Copy)]
 struct PlannedPath {
     kind: PathKind,
-    /// Tells the very same name from one that differs in case.
+    /// Distinguishes the same name from one that differs in case.
     spelling: u32,
 }
 
-/// An entry that may be made, once the directories above it are there.
+/// An accepted entry, to be created after its parent directories.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct PlannedEntry {
-    /// Below the root, clean; never empty.
+    /// Normalized, below the root, never empty.
     pub(super) path: String,
-    /// Where in `path` the names of directories end that are to be made first, outermost first.
+    /// Lengths of the prefixes of `path` that are directories to create first, outermost first.
     pub(super) parents: Vec<usize>,
-    /// It is there already, since something lies in it.
-    pub(super) stands: bool,
+    /// The directory exists already, implied by an earlier entry.
+    pub(super) exists: bool,
 }
 
-/// The entries that were admitted so far.
+/// The entries accepted so far.
 pub(super) struct UnpackPlan {
     os: Os,
     limits: UnpackLimits,
-    /// By the hash of the folded path: a hundred thousand whole paths would be most of the memory that unpacking takes. The hash is keyed
-    /// at random, so nobody can make two names meet; by chance two of 100,000 meet once in 10^9 packages, which are then refused.
-    made: HashMap<u64, PlannedPath>,
+    /// Keyed by the hash of the case-folded path, as a hundred thousand whole paths would be most of the memory needed. The hash has a
+    /// random key, so collisions cannot be crafted; by chance one of 10^9 packages with 100,000 entries has one, and is rejected.
+    known: HashMap<u64, PlannedPath>,
     keys: RandomState,
     folded: String,
-    /// The directory of the entry before: most lie where that one did.
+    /// The parent directory of the previous entry, which most entries share.
     last_parent: String,
     bytes: u64,
     entries: u64,
@@ -66,7 +66,7 @@ impl UnpackPlan {
         UnpackPlan {
             os,
             limits,
-            made: HashMap::new(),
+            known: HashMap::new(),
             keys: RandomState::new(),
             folded: String::new(),
             last_parent: String::new(),
@@ -80,85 +80,82 @@ impl UnpackPlan {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.made.is_empty()
+        self.known.is_empty()
     }
 
-    /// Counts one entry of the archive, whatever it is, or one directory that it implies.
+    /// Counts an entry of any kind, or an implied directory.
     pub(super) fn count(&mut self) -> Result<()> {
         self.entries += 1;
         ensure!(self.entries <= self.limits.entries, "the package has more than {} entries", self.limits.entries);
         Ok(())
     }
 
-    /// `None` for the root itself, which is there.
+    /// `None` for the root, which exists.
     pub(super) fn directory(&mut self, path: &str) -> Result<Option<PlannedEntry>> {
         let path = relative(path, self.os, &self.limits)?;
         if path.is_empty() {
             return Ok(None);
         }
-        let stands = match self.find(&path)? {
+        let exists = match self.find(&path)? {
             Some(PathKind::ImpliedDirectory) => true,
-            Some(_) => bail!("there are two of it"),
+            Some(_) => bail!("duplicate entry"),
             None => false,
         };
-        let parents = if stands { Vec::new() } else { self.parents(&path)? };
-        self.put(&path, PathKind::Directory);
-        Ok(Some(PlannedEntry { path, parents, stands }))
+        let parents = if exists { Vec::new() } else { self.parents(&path)? };
+        self.insert(&path, PathKind::Directory);
+        Ok(Some(PlannedEntry { path, parents, exists }))
     }
 
     pub(super) fn file(&mut self, path: &str, mode: u32, size: u64) -> Result<PlannedEntry> {
-        ensure!(mode & SET_ID == 0, "it is setuid or setgid");
-        let admitted = self.begin(path)?;
+        ensure!(mode & SET_ID == 0, "the setuid or setgid bit is set");
+        let planned = self.new_entry(path)?;
         self.bytes = self.bytes.saturating_add(size);
         ensure!(self.bytes <= self.limits.bytes, "all files together have more than {} bytes", self.limits.bytes);
-        self.put(&admitted.path, PathKind::File);
-        Ok(admitted)
+        self.insert(&planned.path, PathKind::File);
+        Ok(planned)
     }
 
     pub(super) fn symbolic_link(&mut self, path: &str, target: &str) -> Result<PlannedEntry> {
-        let admitted = self.begin(path)?;
-        ensure!(target.len() <= MAX_TARGET_BYTES, "it is a link to a name that is too long");
+        let planned = self.new_entry(path)?;
+        ensure!(target.len() <= MAX_TARGET_BYTES, "the link target is too long");
         ensure!(
-            link_stays_inside(&admitted.path, target, self.os),
-            "it is a link that leaves the package (to {target:?}), or could"
+            link_stays_inside(&planned.path, target, self.os),
+            "the link leaves the package (to {target:?}), or could"
         );
-        ensure!(
-            self.os != Os::Windows,
-            "it is a symbolic link, which a service on Windows may not make; pack the file itself"
-        );
-        self.put(&admitted.path, PathKind::Link);
-        Ok(admitted)
+        ensure!(self.os != Os::Windows, "a service on Windows may not create symbolic links; pack the file itself");
+        self.insert(&planned.path, PathKind::Link);
+        Ok(planned)
     }
 
-    /// The second is the clean path of what it is another name of.
+    /// Also returns the normalized path of the target.
     pub(super) fn hard_link(&mut self, path: &str, mode: u32, target: &str) -> Result<(PlannedEntry, String)> {
-        ensure!(mode & SET_ID == 0, "it is setuid or setgid");
-        let admitted = self.begin(path)?;
+        ensure!(mode & SET_ID == 0, "the setuid or setgid bit is set");
+        let planned = self.new_entry(path)?;
         let target = match relative(target, self.os, &self.limits) {
             Ok(target) => target,
-            Err(error) => bail!("it is a hard link that leaves the package: {error}"),
+            Err(error) => bail!("the hard link leaves the package: {error}"),
         };
         ensure!(
             self.find(&target)? == Some(PathKind::File),
-            "it is a hard link to {target:?}, which is no file of the package before it"
+            "the target {target:?} of the hard link is not an earlier file of the package"
         );
-        self.put(&admitted.path, PathKind::File);
-        Ok((admitted, target))
+        self.insert(&planned.path, PathKind::File);
+        Ok((planned, target))
     }
 
-    /// For what is to be made anew.
-    fn begin(&mut self, path: &str) -> Result<PlannedEntry> {
-        ensure!(!path.ends_with('/'), "its name is that of a directory, which it is not");
+    /// Checks the path of a new file or link.
+    fn new_entry(&mut self, path: &str) -> Result<PlannedEntry> {
+        ensure!(!path.ends_with('/'), "the name ends in a slash, but the entry is not a directory");
         let path = relative(path, self.os, &self.limits)?;
-        ensure!(!path.is_empty(), "it has no name");
-        ensure!(self.find(&path)?.is_none(), "there are two of it");
+        ensure!(!path.is_empty(), "the name is empty");
+        ensure!(self.find(&path)?.is_none(), "duplicate entry");
         let parents = self.parents(&path)?;
-        Ok(PlannedEntry { path, parents, stands: false })
+        Ok(PlannedEntry { path, parents, exists: false })
     }
 
-    /// Which directories above it are to be made.
+    /// Returns the parent directories to create.
     fn parents(&mut self, path: &str) -> Result<Vec<usize>> {
-        self.refuse_mark(path)?;
+        self.reject_reserved_name(path)?;
         let mut missing = Vec::new();
         let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
         if parent == self.last_parent {
@@ -168,10 +165,10 @@ impl UnpackPlan {
             let parent = &path[..at];
             match self.find(parent)? {
                 Some(PathKind::Directory | PathKind::ImpliedDirectory) => {}
-                Some(PathKind::File | PathKind::Link) => bail!("it would lie in {parent:?}, which is no directory"),
+                Some(PathKind::File | PathKind::Link) => bail!("its parent {parent:?} is not a directory"),
                 None => {
                     self.count()?;
-                    self.put(parent, PathKind::ImpliedDirectory);
+                    self.insert(parent, PathKind::ImpliedDirectory);
                     missing.push(at);
                 }
             }
@@ -181,26 +178,26 @@ impl UnpackPlan {
         Ok(missing)
     }
 
-    fn refuse_mark(&mut self, path: &str) -> Result<()> {
+    fn reject_reserved_name(&mut self, path: &str) -> Result<()> {
         let first = path.split('/').next().unwrap_or_default();
         fold_into(&mut self.folded, first);
-        ensure!(self.folded != COMPLETE, "the name {COMPLETE} is reserved: it says that a release is whole");
+        ensure!(self.folded != COMPLETE, "the name {COMPLETE} is reserved: it marks a complete release");
         Ok(())
     }
 
-    /// What was made under this name; an error where it was made in another case.
+    /// The kind of the path with this name; an error if the existing name differs in case.
     fn find(&mut self, path: &str) -> Result<Option<PathKind>> {
         let (key, spelling) = self.key(path);
-        match self.made.get(&key) {
+        match self.known.get(&key) {
             None => Ok(None),
-            Some(made) if made.spelling == spelling => Ok(Some(made.kind)),
-            Some(_) => bail!("there are two of {path:?} that differ in case alone, which are one on Windows"),
+            Some(known) if known.spelling == spelling => Ok(Some(known.kind)),
+            Some(_) => bail!("{path:?} and an earlier entry differ in case alone, so they are one file on Windows"),
         }
     }
 
-    fn put(&mut self, path: &str, kind: PathKind) {
+    fn insert(&mut self, path: &str, kind: PathKind) {
         let (key, spelling) = self.key(path);
-        self.made.insert(key, PlannedPath { kind, spelling });
+        self.known.insert(key, PlannedPath { kind, spelling });
     }
 
     fn key(&mut self, path: &str) -> (u64, u32) {

@@ -1,4 +1,4 @@
-//! Facts about unpacking: what an archive may hold, and what is refused of it.
+//! Tests of unpacking: which content is accepted, and which is rejected.
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write};
@@ -14,7 +14,7 @@ use archives::{OUTSIDE, Tar, attacks, gz, zst};
 #[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
 mod archives;
 
-/// A zip as a well-meaning packer writes it. A mode with another type than a file's makes a directory or a link.
+/// A zip as an ordinary packer writes it. A mode with a type other than a file's makes a directory or a link.
 fn zip_of(entries: &[(&str, u32, &[u8])]) -> Vec<u8> {
     let mut writer = ::zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (path, mode, content) in entries {
@@ -31,17 +31,17 @@ fn zip_of(entries: &[(&str, u32, &[u8])]) -> Vec<u8> {
     writer.finish().unwrap().into_inner()
 }
 
-/// A directory with room for archives to misbehave in: `staging` to unpack in, and a victim outside of it.
-struct Place(tempfile::TempDir);
+/// A temporary directory with `staging` to unpack in, and files outside of it that must not change.
+struct Sandbox(tempfile::TempDir);
 
-impl Place {
-    fn new() -> Place {
-        let place = Place(tempfile::tempdir().unwrap());
+impl Sandbox {
+    fn new() -> Sandbox {
+        let sandbox = Sandbox(tempfile::tempdir().unwrap());
         for (directory, file) in [("staging/outside", "victim"), ("outside", "victim")] {
-            fs::create_dir_all(place.0.path().join(directory)).unwrap();
-            fs::write(place.0.path().join(directory).join(file), "untouched").unwrap();
+            fs::create_dir_all(sandbox.0.path().join(directory)).unwrap();
+            fs::write(sandbox.0.path().join(directory).join(file), "untouched").unwrap();
         }
-        place
+        sandbox
     }
 
     fn staging(&self) -> PathBuf {
@@ -54,7 +54,7 @@ impl Place {
         unpack(&mut file, packing, os, &self.staging(), limits, &mut |_| Ok(())).map_err(|error| format!("{error:#}"))
     }
 
-    /// All that is there: what it is, what is in it, how many names it has.
+    /// Every path with its type, permissions and content.
     fn seen(&self) -> BTreeMap<PathBuf, String> {
         let mut seen = BTreeMap::new();
         let mut rest = vec![self.0.path().to_owned()];
@@ -74,14 +74,14 @@ impl Place {
     }
 }
 
-fn unpacked(archive: &[u8], packing: Packing) -> (Place, Result<PathBuf, String>) {
-    let place = Place::new();
-    let root = place.unpack(archive, packing, Os::Linux, &UnpackLimits::default());
-    (place, root)
+fn unpacked(archive: &[u8], packing: Packing) -> (Sandbox, Result<PathBuf, String>) {
+    let sandbox = Sandbox::new();
+    let root = sandbox.unpack(archive, packing, Os::Linux, &UnpackLimits::default());
+    (sandbox, root)
 }
 
 #[test]
-fn every_kind_of_archive_makes_the_same_tree() {
+fn every_archive_format_gives_the_same_tree() {
     let long = format!("share/{}/{}", "a".repeat(120), "b".repeat(255));
     let program = vec![7; 200_000];
     let tar = |first: Tar| {
@@ -117,54 +117,54 @@ fn every_kind_of_archive_makes_the_same_tree() {
     }
 }
 
-/// One row an attack; each is refused whole, and for its own reason.
+/// Each attack is rejected as a whole, and for its own reason.
 #[test]
 fn attacks_are_refused_and_leave_nothing_behind() {
     let mut attacks = attacks();
     assert!(attacks.len() > 200, "{}", attacks.len());
-    // Some begin with a link that is as it should be, for a system that has them.
+    // Some attacks start with a valid link, which needs a system with symbolic links.
     attacks.retain(|attack| platform::OS == Os::Linux || !attack.name.contains("link") || attack.os == "windows");
     let mut wrong = Vec::new();
     for attack in attacks {
-        let place = Place::new();
-        let before = place.seen();
+        let sandbox = Sandbox::new();
+        let before = sandbox.seen();
         let (packing, os) = (attack.packing.parse().unwrap(), attack.os.parse().unwrap());
-        let told = match place.unpack(&attack.bytes, packing, os, &UnpackLimits::default()) {
+        let problem = match sandbox.unpack(&attack.bytes, packing, os, &UnpackLimits::default()) {
             Ok(_) => Some("it is taken".to_owned()),
             Err(error) if !error.contains(attack.refusal) => Some(format!("{error:?} without {:?}", attack.refusal)),
-            Err(_) if place.seen() != before => Some(format!("left {:?}", place.seen())),
+            Err(_) if sandbox.seen() != before => Some(format!("left {:?}", sandbox.seen())),
             Err(_) if Path::new(OUTSIDE).exists() => Some("wrote outside".to_owned()),
             Err(_) => None,
         };
-        wrong.extend(told.map(|told| format!("{} in a {}: {told}", attack.name, attack.packing)));
+        wrong.extend(problem.map(|problem| format!("{} in a {}: {problem}", attack.name, attack.packing)));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[cfg(feature = "gateway")]
 #[test]
-fn what_is_published_is_judged_as_a_host_would() {
-    let look = |bytes: &[u8], packing: &str, os: &str| {
+fn packages_are_checked_before_publication_as_by_a_host() {
+    let inspected = |bytes: &[u8], packing: &str, os: &str| {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
         let mut seen = Vec::new();
-        let looked = look_through(&mut file, packing.parse().unwrap(), os.parse().unwrap(), &mut |entry| {
+        let result = inspect(&mut file, packing.parse().unwrap(), os.parse().unwrap(), &mut |entry| {
             seen.push((entry.path.to_owned(), entry.executable));
             Ok(())
         });
-        looked.map(|()| seen).map_err(|error| format!("{error:#}"))
+        result.map(|()| seen).map_err(|error| format!("{error:#}"))
     };
     let tar = Tar::default().file("big", &[7; 200_000]).entry(b'0', "bin/run", 0o755, "", b"x").link("l", "bin/run");
     let expected = [("big", false), ("bin/run", true), ("l", true)].map(|(path, runs)| (path.to_owned(), runs));
-    assert_eq!(look(&zst(&tar.end()), "tar.zst", "linux").unwrap(), expected);
+    assert_eq!(inspected(&zst(&tar.end()), "tar.zst", "linux").unwrap(), expected);
     for attack in attacks() {
-        let looked = look(&attack.bytes, attack.packing, attack.os);
-        assert!(looked.is_err(), "{} in a {} would be published", attack.name, attack.packing);
+        let result = inspected(&attack.bytes, attack.packing, attack.os);
+        assert!(result.is_err(), "{} in a {} would be published", attack.name, attack.packing);
     }
 }
 
 #[test]
-fn what_only_looks_odd_is_taken() {
+fn unusual_but_valid_archives_are_accepted() {
     for (name, tar) in [
         ("links to links", Tar::default().file("f", b"x").link("a", "b").link("b", "f").link("d/c", "../a").end()),
         ("a hard link to a hard link", Tar::default().file("f", b"x").hard("a", "f").hard("b", "./a").end()),
@@ -205,15 +205,15 @@ fn limits_hold_for_entries_and_bytes() {
     ];
     let tars = tars.into_iter().map(|(tar, word)| (Packing::TarZst, zst(&tar), word));
     for (packing, archive, word) in tars.chain(zips.map(|(zip, word)| (Packing::Zip, zip, word))) {
-        let error = Place::new().unpack(&archive, packing, Os::Linux, &limits).unwrap_err();
+        let error = Sandbox::new().unpack(&archive, packing, Os::Linux, &limits).unwrap_err();
         assert!(error.contains(word), "{packing}: {word:?} is not in {error:?}");
     }
     let whole = zst(&big().entry(b'5', "d/", 0o755, "", b"").end());
-    Place::new().unpack(&whole, Packing::TarZst, Os::Linux, &limits).unwrap();
+    Sandbox::new().unpack(&whole, Packing::TarZst, Os::Linux, &limits).unwrap();
 }
 
 #[test]
-fn a_zip_whose_directory_would_take_the_memory_is_refused() {
+fn a_zip_with_an_oversized_directory_is_rejected() {
     let names: Vec<String> =
         (0..4200).map(|number| format!("{}/{number}", vec!["x".repeat(245); 4].join("/"))).collect();
     let zip = |count: usize| {
@@ -226,14 +226,18 @@ fn a_zip_whose_directory_would_take_the_memory_is_refused() {
 }
 
 #[test]
-fn a_few_bytes_do_not_become_gigabytes() {
+fn a_decompression_bomb_is_rejected() {
     let zeros = vec![0; 1 << 20];
     let bomb = zst(&Tar::default().file("x", &zeros).end());
     let limits = UnpackLimits { bytes: u64::MAX, ..UnpackLimits::default() }.of(bomb.len() as u64);
     assert_eq!(limits.bytes, FREE_BYTES + 100 * bomb.len() as u64);
     assert_eq!(UnpackLimits::default().of(1 << 40).bytes, UnpackLimits::default().bytes);
-    let error =
-        Place::new().unpack(&archives::zst(&bomb_of(200 << 20)), Packing::TarZst, Os::Linux, &UnpackLimits::default());
+    let error = Sandbox::new().unpack(
+        &archives::zst(&bomb_of(200 << 20)),
+        Packing::TarZst,
+        Os::Linux,
+        &UnpackLimits::default(),
+    );
     assert!(error.unwrap_err().contains("all files together have more than"), "a bomb is taken");
 }
 
@@ -242,16 +246,16 @@ fn bomb_of(bytes: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_directory_that_hands_down_bits_hands_them_to_no_release() {
-    let place = Place::new();
-    platform::set_mode(&place.staging(), 0o2755).unwrap();
+fn a_release_inherits_no_mode_bits_of_its_parent_directory() {
+    let sandbox = Sandbox::new();
+    platform::set_mode(&sandbox.staging(), 0o2755).unwrap();
     let tar = Tar::default().file("d/e/f", b"x").entry(b'0', "d/run", 0o755, "", b"x").end();
-    let root = place.unpack(&zst(&tar), Packing::TarZst, Os::Linux, &UnpackLimits::default()).unwrap();
+    let root = sandbox.unpack(&zst(&tar), Packing::TarZst, Os::Linux, &UnpackLimits::default()).unwrap();
     let mode = |path: &str| platform::mode(&root.join(path)).unwrap();
     assert_eq!([mode(""), mode("d"), mode("d/e"), mode("d/e/f"), mode("d/run")], [0o755, 0o755, 0o755, 0o644, 0o755]);
 }
 
-/// An entry of any kind, whose name and target are made of few words, so that they meet.
+/// An entry of any kind, with names and targets from a small set, so that they collide.
 fn any_entry() -> impl Strategy<Value = (u8, String, String)> {
     let name = "(\\./|/|\\.\\./)?[aAb](/[aAb.]{1,2}){0,3}/?";
     (prop::sample::select(b"0125".to_vec()), name.prop_map(String::from), "(\\.\\./){0,3}[aAb.]{0,2}(/[ab.]{1,2}){0,2}")
@@ -260,32 +264,33 @@ fn any_entry() -> impl Strategy<Value = (u8, String, String)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// Whatever is packed: either a tree comes of it in which every name resolves below its root, or nothing is left.
+    /// For any archive: either every path of the tree resolves below its root, or nothing is left.
     #[test]
-    fn nothing_is_made_outside_of_the_tree(entries in prop::collection::vec(any_entry(), 1..12)) {
+    fn nothing_is_created_outside_of_the_tree(entries in prop::collection::vec(any_entry(), 1..12)) {
         let mut tar = Tar::default();
         for (kind, path, target) in &entries {
             let content: &[u8] = if *kind == b'0' { b"x" } else { b"" };
             tar = tar.entry(*kind, path, 0o644, target, content);
         }
-        let place = Place::new();
-        let before = place.seen();
-        match place.unpack(&zst(&tar.end()), Packing::TarZst, Os::Linux, &UnpackLimits::default()) {
-            Err(_) => prop_assert_eq!(place.seen(), before),
+        let sandbox = Sandbox::new();
+        let before = sandbox.seen();
+        match sandbox.unpack(&zst(&tar.end()), Packing::TarZst, Os::Linux, &UnpackLimits::default()) {
+            Err(_) => prop_assert_eq!(sandbox.seen(), before),
             Ok(root) => {
-                for path in place.seen().into_keys().filter(|path| !before.contains_key(path)) {
+                for path in sandbox.seen().into_keys().filter(|path| !before.contains_key(path)) {
                     prop_assert!(path.starts_with(&root), "{path:?}");
                     if let Ok(real) = path.canonicalize() {
                         prop_assert!(real.starts_with(root.canonicalize().unwrap()), "{path:?} leads to {real:?}");
                     }
                 }
                 fs::remove_dir_all(&root).unwrap();
-                prop_assert_eq!(place.seen(), before);
+                prop_assert_eq!(sandbox.seen(), before);
             }
         }
     }
 
-    /// Damage of any kind is an error or harmless, and never a panic.
+    /// Damage of any kind is an error or harmless, never a panic.
+
     #[test]
     fn damaged_archives_leave_nothing(kind in 0..3_usize, at in any::<prop::sample::Index>(), byte: u8, cut: bool) {
         let tar = Tar::default().file("bin/run", &[7; 3000]).link("l", "bin/run").pax(b'x', &[("path", "y")]).file("x", b"x");
@@ -296,10 +301,10 @@ proptest! {
         };
         let at = at.index(bytes.len());
         if cut { bytes.truncate(at) } else { bytes[at] = byte }
-        let place = Place::new();
-        let before = place.seen();
-        if place.unpack(&bytes, packing, Os::Linux, &UnpackLimits::default()).is_err() {
-            prop_assert_eq!(place.seen(), before);
+        let sandbox = Sandbox::new();
+        let before = sandbox.seen();
+        if sandbox.unpack(&bytes, packing, Os::Linux, &UnpackLimits::default()).is_err() {
+            prop_assert_eq!(sandbox.seen(), before);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Puts on the disk what the plan admitted.
+//! Writes the accepted entries to the disk.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -15,50 +15,50 @@ const DIRECTORY_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o644;
 const PROGRAM_MODE: u32 = 0o755;
 
-/// A tree that is being made.
+/// A tree that is being written.
 pub(super) struct TreeWriter<'a> {
     root: PathBuf,
-    /// What is being made, as a whole path; kept, as is the buffer, for the next.
-    at: PathBuf,
+    /// The full path of the current entry; reused, as is the buffer.
+    current: PathBuf,
     chunk: Vec<u8>,
-    /// Asked before anything is made.
+    /// Called before each entry and each write.
     may_write: &'a mut MayWrite<'a>,
-    /// Whether what is made gets the mode that it is made with, for files, programs and directories; `None`: nobody looked yet.
-    mode_holds: [Option<bool>; 3],
+    /// Whether files, programs and directories keep the mode they are created with; `None`: not checked yet.
+    mode_is_kept: [Option<bool>; 3],
 }
 
 impl<'a> TreeWriter<'a> {
-    /// In a directory that is empty and ours.
+    /// Writes to an empty directory that belongs to this process.
     pub(super) fn new(root: PathBuf, may_write: &'a mut MayWrite<'a>) -> TreeWriter<'a> {
-        let at = PathBuf::with_capacity(root.as_os_str().len() + 256);
-        TreeWriter { root, at, chunk: vec![0; CHUNK_BYTES], may_write, mode_holds: [None; 3] }
+        let current = PathBuf::with_capacity(root.as_os_str().len() + 256);
+        TreeWriter { root, current, chunk: vec![0; CHUNK_BYTES], may_write, mode_is_kept: [None; 3] }
     }
 
-    pub(super) fn make(&mut self, admitted: &PlannedEntry, item: EntryContent<'_>) -> Result<()> {
+    pub(super) fn write(&mut self, planned: &PlannedEntry, content: EntryContent<'_>) -> Result<()> {
         (self.may_write)(0)?;
-        for end in &admitted.parents {
-            self.directory(&admitted.path[..*end])?;
+        for end in &planned.parents {
+            self.directory(&planned.path[..*end])?;
         }
-        match item {
-            EntryContent::Directory if admitted.stands => Ok(()),
-            EntryContent::Directory => self.directory(&admitted.path),
+        match content {
+            EntryContent::Directory if planned.exists => Ok(()),
+            EntryContent::Directory => self.directory(&planned.path),
             EntryContent::File { executable, size, content } => {
                 let mode = if executable { PROGRAM_MODE } else { FILE_MODE };
-                self.file(&admitted.path, mode, size, content)
+                self.file(&planned.path, mode, size, content)
             }
             EntryContent::SymbolicLink(target) => {
-                self.go_to(&admitted.path);
-                platform::make_symlink(Path::new(target), &self.at).map_err(|error| self.unwritable(error))
+                self.set_current(&planned.path);
+                platform::make_symlink(Path::new(target), &self.current).map_err(|error| self.unwritable(error))
             }
             EntryContent::HardLink(target) => {
                 let target = self.root.join(target);
-                self.go_to(&admitted.path);
-                fs::hard_link(target, &self.at).map_err(|error| self.unwritable(error))
+                self.set_current(&planned.path);
+                fs::hard_link(target, &self.current).map_err(|error| self.unwritable(error))
             }
         }
     }
 
-    /// Everything is there: it survives a power cut from here on, and all may read it.
+    /// Completes the tree: sets the root's mode and syncs all content to disk.
     pub(super) fn finish(&self) -> Result<()> {
         platform::set_mode(&self.root, DIRECTORY_MODE)
             .and_then(|()| platform::sync_tree(&self.root))
@@ -66,18 +66,18 @@ impl<'a> TreeWriter<'a> {
     }
 
     fn directory(&mut self, path: &str) -> Result<()> {
-        self.go_to(path);
-        let made = platform::create_directory(&self.at, DIRECTORY_MODE)
+        self.set_current(path);
+        let created = platform::create_directory(&self.current, DIRECTORY_MODE)
             .and_then(|()| self.ensure_mode(DIRECTORY_MODE, 2, None));
-        made.map_err(|error| self.unwritable(error))
+        created.map_err(|error| self.unwritable(error))
     }
 
     fn file(&mut self, path: &str, mode: u32, size: u64, content: &mut dyn Read) -> Result<()> {
-        self.go_to(path);
-        let mut file = platform::create_file(&self.at, mode).map_err(|error| self.unwritable(error))?;
+        self.set_current(path);
+        let mut file = platform::create_file(&self.current, mode).map_err(|error| self.unwritable(error))?;
         let mut written = 0;
         loop {
-            let amount = content.read(&mut self.chunk).context("its content is damaged")?;
+            let amount = content.read(&mut self.chunk).context("the content is damaged")?;
             if amount == 0 {
                 break;
             }
@@ -85,31 +85,31 @@ impl<'a> TreeWriter<'a> {
             file.write_all(&self.chunk[..amount]).map_err(|error| self.unwritable(error))?;
             written += amount as u64;
         }
-        ensure!(written == size, "its content is cut off after {written} of {size} bytes");
+        ensure!(written == size, "the content is truncated after {written} of {size} bytes");
         self.ensure_mode(mode, usize::from(mode == PROGRAM_MODE), Some(&file)).map_err(|error| self.unwritable(error))
     }
 
-    /// What is made is made with its mode, less what the umask takes. That is the same for all of a kind, and looked at once.
+    /// Sets the mode if the umask changed it. The result is the same for all entries of a kind, so it is checked once.
     fn ensure_mode(&mut self, mode: u32, kind: usize, file: Option<&File>) -> io::Result<()> {
-        let holds = match self.mode_holds[kind] {
-            Some(holds) => holds,
+        let is_kept = match self.mode_is_kept[kind] {
+            Some(is_kept) => is_kept,
             None => {
-                let metadata = file.map_or_else(|| fs::symlink_metadata(&self.at), File::metadata)?;
-                *self.mode_holds[kind].insert(platform::has_mode(&metadata, mode))
+                let metadata = file.map_or_else(|| fs::symlink_metadata(&self.current), File::metadata)?;
+                *self.mode_is_kept[kind].insert(platform::has_mode(&metadata, mode))
             }
         };
-        if holds { Ok(()) } else { platform::set_mode(&self.at, mode) }
+        if is_kept { Ok(()) } else { platform::set_mode(&self.current, mode) }
     }
 
-    fn go_to(&mut self, path: &str) {
-        self.at.clear();
-        self.at.push(&self.root);
-        self.at.push(path);
+    fn set_current(&mut self, path: &str) {
+        self.current.clear();
+        self.current.push(&self.root);
+        self.current.push(path);
     }
 
     fn unwritable(&self, error: io::Error) -> anyhow::Error {
         if error.kind() == io::ErrorKind::AlreadyExists {
-            return anyhow::anyhow!("there are two of it, as this file system sees them");
+            return anyhow::anyhow!("duplicate entry on this file system");
         }
         unwritable(error, self.root.parent().unwrap_or(&self.root))
     }

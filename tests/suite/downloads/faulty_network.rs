@@ -323,7 +323,7 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
 
     // Endless data, without a length or with a wrong one.
     let endless = instead("200 OK\r\nconnection: close", &[0; 65536], true);
-    attacked.is_refused("2.0.0", &["it has more than"], packages(endless));
+    attacked.is_refused("2.0.0", &["the package has more than"], packages(endless));
     let endless = attacked.proxy.tally("native-2.0.0");
     let tries = endless.requests.iter().filter(|request| request.is_for_package()).count() as u64;
     assert!(endless.bytes < tries * (16 << 20), "{} bytes in {tries} tries", endless.bytes);
@@ -339,11 +339,11 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
         true => Fault::Mute,
         false => Fault::None,
     };
-    attacked.is_refused("2.0.4", &["nothing came for 1s"], drip);
+    attacked.is_refused("2.0.4", &["nothing was received for 1s"], drip);
 
     // A page of a captive portal instead of the package or its signature.
-    attacked.is_refused("2.0.5", &["answers with a page of its own", "noProxy"], packages(Fault::Portal));
-    attacked.is_refused("2.0.6", &["answers with a page of its own"], |_, _| Fault::Portal);
+    attacked.is_refused("2.0.5", &["answered with its own page", "noProxy"], packages(Fault::Portal));
+    attacked.is_refused("2.0.6", &["answered with its own page"], |_, _| Fault::Portal);
 
     // Redirects: to another host, to plain http, and in a loop. The other host gets no identity and no request.
     let elsewhere = TcpListener::bind("127.0.0.1:0").expect("a free port");
@@ -352,7 +352,7 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
         "302 Found\r\ncontent-length: 0\r\nlocation: https://{}/x",
         elsewhere.local_addr().expect("it is bound")
     );
-    attacked.is_refused("2.0.7", &["redirect", "another host"], packages(instead(&away, b"", false)));
+    attacked.is_refused("2.0.7", &["redirect", "a different host"], packages(instead(&away, b"", false)));
     let own = attacked.proxy.url().replace("https://", "http://");
     let plain = format!("302 Found\r\ncontent-length: 0\r\nlocation: {own}/x");
     attacked.is_refused("2.0.8", &["redirect", "plain http"], packages(instead(&plain, b"", false)));

@@ -15,7 +15,7 @@ fn a_full_disk_is_reported_and_running_sub_agents_continue() {
     let gateway = Inside::start(&container, fleet_of_two());
     done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=4m tmpfs /opt/aops");
     let output = container.run(&["sh", "-c", VERBATIM]);
-    assert_refused(&output, 1, &["not enough space in /opt/aops", "free"]);
+    assert_refused(&output, 1, &["not enough disk space in /opt/aops", "free"]);
     assert_eq!(done(&container, "ls -A /opt/aops").stdout, "");
     // Enough space for the package and its tree, but not for a second one; then none at all.
     done(&container, "mount -o remount,size=160m /opt/aops");
@@ -34,7 +34,7 @@ fn a_full_disk_is_reported_and_running_sub_agents_continue() {
     let status = inside::wait_for_status(&container, "the full disk to be reported", |status| {
         let native = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
         let told = format!("{native}{}", status["problems"]);
-        told.contains("No space left") || told.contains("not enough space")
+        told.contains("No space left") || told.contains("not enough disk space")
     });
     for who in ["spm", "spa"] {
         assert_eq!(status[who]["pid"], before[who]["pid"]);
@@ -92,7 +92,7 @@ fn a_full_disk_during_staging_is_reported_and_the_old_release_continues() {
     let status = inside::wait_for_status(&container, "the full disk to be reported", |status| {
         agent(status, "native").is_some_and(|agent| {
             let error = agent["lastError"].as_str().unwrap_or_default();
-            agent["state"] == "running" && (error.contains("not enough space"))
+            agent["state"] == "running" && (error.contains("not enough disk space"))
         })
     });
     assert_eq!(agent(&status, "native").expect("it exists")["version"], "1.0.0");

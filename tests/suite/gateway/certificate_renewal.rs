@@ -115,7 +115,7 @@ fn hosts_accept_a_renewed_certificate_with_the_same_or_an_announced_key_and_no_o
     put(&gateway, "tls/key.pem", &third.serialize_pem());
     put(&gateway, "tls/cert.pem", &certificate(&third, 2090));
     gateway.reload();
-    for (host, words) in hosts.iter().zip(["none of those pinned", "somebody stands in between"]) {
+    for (host, words) in hosts.iter().zip(["matches no pin", "the connection is intercepted"]) {
         host.wait_for_status("it to be refused", SOON, |status| {
             status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains(words))
         });

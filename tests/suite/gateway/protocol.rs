@@ -321,10 +321,10 @@ fn invalid_answers_are_rejected_and_change_nothing() {
     huge.resize(64 << 20, b'x');
     for (reply, reason) in [
         (Reply::Json(foreign), "it is for agent somebody-else"),
-        (Reply::Json(outside), "cannot read the answer"),
-        (Reply::Raw(ok(), vec![0xff; 1000]), "cannot read the answer"),
-        (Reply::Raw(ok(), good.to_string().into_bytes()[..40].to_vec()), "cannot read the answer"),
-        (Reply::Raw(ok(), "[".repeat(40_000).into_bytes()), "cannot read the answer"),
+        (Reply::Json(outside), "cannot parse the answer"),
+        (Reply::Raw(ok(), vec![0xff; 1000]), "cannot parse the answer"),
+        (Reply::Raw(ok(), good.to_string().into_bytes()[..40].to_vec()), "cannot parse the answer"),
+        (Reply::Raw(ok(), "[".repeat(40_000).into_bytes()), "cannot parse the answer"),
         (Reply::Raw(ok(), "[".repeat(1 << 20).into_bytes()), "more than 50000 values"),
         (Reply::Raw(ok(), huge), "more than 4194304 bytes"),
         (Reply::Raw("302 Found\r\nlocation: http://127.0.0.1:1/elsewhere".to_owned(), vec![]), "302"),
@@ -423,7 +423,7 @@ fn an_invalid_order_is_rejected_alone_and_reported() {
     host.wait_for_status("it to be refused", SOON, |status| status["gateway"]["connected"] == false);
     gateway.answer(answer(5, "5", json!({ "name": "b", "version": "1" })));
     gateway.wait_for_heartbeat("the event", |heartbeat| {
-        refusals(heartbeat, "cannot read the answer").iter().any(|event| event["kind"] == "heartbeat")
+        refusals(heartbeat, "cannot parse the answer").iter().any(|event| event["kind"] == "heartbeat")
     });
 }
 

@@ -96,7 +96,7 @@ fn an_early_failure_of_a_reinstallation_changes_nothing() {
     };
     check("a missing version", 1, "no package of aops-spm 9.9.9", &["--version", "9.9.9"]);
     check("no gateway", 1, "refused", &["--endpoint", "https://127.0.0.1:1"]);
-    check("a wrong certificate", 1, "none of those pinned", &["--pin", &zeros]);
+    check("a wrong certificate", 1, "matches no pin", &["--pin", &zeros]);
     check("an untrusted key", 1, "key", &["--package", &foreign]);
     check("plain http", 1, "--insecure", &["--endpoint", "http://127.0.0.1:1"]);
     check("a bad id", 2, "an agent id", &["--agent-id", "a b"]);
@@ -402,7 +402,7 @@ fn a_read_only_home_and_a_full_disk_are_reported_and_leave_nothing() {
     container
         .shell("mkdir /srv/ro /srv/full; mount -t tmpfs -o ro none /srv/ro; mount -t tmpfs -o size=3m none /srv/full")
         .expect_success();
-    for (directory, words) in [("/srv/ro", "Read-only file system"), ("/srv/full", "not enough space")] {
+    for (directory, words) in [("/srv/ro", "Read-only file system"), ("/srv/full", "not enough disk space")] {
         let output = container.shell(&format!("cd /tmp; {VERBATIM} --home {directory}/home"));
         assert!(output.text().contains(words) && output.text().contains("nothing was changed"), "{output}");
         output.expect_code(1);

@@ -81,11 +81,11 @@ fn an_answer_for_another_agent_id_is_rejected() {
     });
     scene.hostile.answer(foreign, Vec::new());
     let status = scene.host.wait_for_status("it to be refused", SOON, |status| {
-        status["gateway"]["lastError"].to_string().contains("it is for agent 6666, this is 5402")
+        status["gateway"]["lastError"].to_string().contains("it is for agent 6666, but this host is 5402")
     });
     assert_eq!((&status["gateway"]["connected"], &status["generation"]), (&json!(false), &json!(1)));
     scene.hostile.want(json!([native()]), true);
-    scene.assert_refused("heartbeat", &["for agent 6666", "this is 5402"]);
+    scene.assert_refused("heartbeat", &["for agent 6666", "this host is 5402"]);
 }
 
 /// No newer generation could ever follow.
