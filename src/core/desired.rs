@@ -29,7 +29,7 @@ const MAX_LINEAGE_BYTES: usize = 128;
 /// The environments of all sub-agents together, bytes.
 const MAX_ENV_BYTES: usize = 1 << 20;
 /// Fields that versions before 7ac5350 kept and that no version reads any more.
-const FORMER: [&str; 2] = ["told", "complete"];
+const OBSOLETE_FIELDS: [&str; 2] = ["told", "complete"];
 /// What a complete list omits is removed after so many seconds, where the answer does not say it.
 pub const REMOVAL_DELAY: u64 = 300;
 /// What this version does not know of one order, bytes. More is not kept.
@@ -89,7 +89,7 @@ pub struct RejectedOrder {
 
 impl PendingOrders {
     /// Where there is nothing, it belongs to no generation: that is not written either.
-    fn settled(self) -> PendingOrders {
+    fn normalized(self) -> PendingOrders {
         if self.is_empty() { PendingOrders::default() } else { self }
     }
 
@@ -112,7 +112,7 @@ impl DesiredState {
     }
 
     /// The orders that are not followed.
-    pub fn refused(&self) -> impl Iterator<Item = &RejectedOrder> {
+    pub fn rejected(&self) -> impl Iterator<Item = &RejectedOrder> {
         self.open.refused.values()
     }
 
@@ -133,7 +133,7 @@ impl DesiredState {
         let mut desired = self.clone();
         desired.agents.retain(|name, _| !due.contains(name));
         desired.open.omitted.retain(|name, _| !due.contains(name));
-        desired.open = desired.open.settled();
+        desired.open = desired.open.normalized();
         desired.removed.extend(due);
         Some(desired)
     }
@@ -145,7 +145,7 @@ pub struct AcceptedState {
     pub desired: DesiredState,
     pub new_lineage: bool,
     /// Its generation is lower than the one held, which no clock explains.
-    pub led_back: bool,
+    pub moved_back: bool,
     /// How many an empty list, though it says that it is complete, did not remove.
     pub kept: usize,
 }
@@ -156,9 +156,9 @@ pub enum AnswerOutcome {
     /// It brings nothing new.
     Unchanged,
     /// It is the desired state from now on.
-    Take(Box<AcceptedState>),
+    Accept(Box<AcceptedState>),
     /// It must not be acted on.
-    Refuse(String),
+    Reject(String),
 }
 
 /// The host that an answer is for, at the moment when it came.
@@ -171,21 +171,21 @@ pub struct AnswerContext<'a> {
     pub present: &'a BTreeSet<AgentName>,
     /// The answer is that of one who stands in for another and may know less: what a list of another lineage does not name stays, until that
     /// list changes.
-    pub by_stand_in: bool,
+    pub from_fallback: bool,
 }
 
 /// Judges an answer by what is held.
-pub fn judge(held: &DesiredState, answer: &Answer, host: AnswerContext<'_>) -> AnswerOutcome {
+pub fn evaluate(held: &DesiredState, answer: &Answer, host: AnswerContext<'_>) -> AnswerOutcome {
     let Some(items) = &answer.agents else { return AnswerOutcome::Unchanged };
     let lineage = answer.lineage.clone().unwrap_or_default();
     if lineage.len() > MAX_LINEAGE_BYTES {
         let bytes = lineage.len();
-        return AnswerOutcome::Refuse(format!(
+        return AnswerOutcome::Reject(format!(
             "cannot take a desired state with a lineage of {bytes} bytes: at most {MAX_LINEAGE_BYTES}"
         ));
     }
     if items.len() > MAX_AGENTS {
-        return AnswerOutcome::Refuse(format!(
+        return AnswerOutcome::Reject(format!(
             "cannot take a desired state of {} orders: at most {MAX_AGENTS}",
             items.len()
         ));
@@ -201,24 +201,24 @@ pub fn judge(held: &DesiredState, answer: &Answer, host: AnswerContext<'_>) -> A
     // A list of which an earlier version could not follow an order is followed as far as this one can, under the same number.
     let is_followed_further = same_number && !held.open.refused.is_empty();
     let counted = (!first && !new_lineage && !is_followed_further).then_some(held.generation);
-    let led_back = match generation::judge(counted, answer.generation, host.clocks) {
+    let moved_back = match generation::evaluate(counted, answer.generation, host.clocks) {
         Ok(next) => next == GenerationOrder::Back,
-        Err(why) => return AnswerOutcome::Refuse(why),
+        Err(why) => return AnswerOutcome::Reject(why),
     };
     let is_strange = !held.lineage.is_empty() && answer.lineage.as_ref() != Some(&held.lineage);
-    let spares_unnamed = host.by_stand_in && is_strange;
+    let spares_unnamed = host.from_fallback && is_strange;
     let Applied { agents, removed, omitted, refused } = list.apply(held, host.present, spares_unnamed);
-    if let Err(why) = check_kept(&agents, &omitted, held) {
-        return AnswerOutcome::Refuse(why);
+    if let Err(why) = check_limits(&agents, &omitted, held) {
+        return AnswerOutcome::Reject(why);
     }
     let kept = if list.complete && list.is_empty { agents.len() } else { 0 };
     let mut unknown = held.unknown.clone();
-    unknown.retain(|name, _| !FORMER.contains(&name.as_str()));
+    unknown.retain(|name, _| !OBSOLETE_FIELDS.contains(&name.as_str()));
     let generation = answer.generation;
-    let open = PendingOrders { generation, omitted, refused }.settled();
+    let open = PendingOrders { generation, omitted, refused }.normalized();
     let desired = DesiredState { lineage, generation, agents, removed, spares_unnamed, open, unknown };
     let desired = desired.without_omitted(removal_delay(answer)).unwrap_or(desired);
-    AnswerOutcome::Take(Box::new(AcceptedState { desired, new_lineage, led_back, kept }))
+    AnswerOutcome::Accept(Box::new(AcceptedState { desired, new_lineage, moved_back, kept }))
 }
 
 /// For how many seconds a complete list must have omitted a sub-agent before that is removed.
@@ -256,12 +256,12 @@ impl<'a> SortedOrders<'a> {
             let why = if orders.named.insert(name) { why } else { Some("it is named twice in one list".to_owned()) };
             if let Some(why) = why {
                 orders.sound.retain(|order| order.name != *name);
-                orders.refuse(name, why, false, mark);
+                orders.reject(name, why, false, mark);
             } else if let MessageItem::Read(order) = item {
                 match &order.cmd {
                     Cmd::Unknown(word) => {
                         let why = format!("cannot {word} {name}: this version does not know how");
-                        orders.refuse(name, why, true, mark);
+                        orders.reject(name, why, true, mark);
                     }
                     Cmd::Run(_) | Cmd::Uninstall => orders.sound.push(order),
                 }
@@ -270,7 +270,7 @@ impl<'a> SortedOrders<'a> {
         orders
     }
 
-    fn refuse(&mut self, name: &AgentName, why: String, is_unsupported: bool, mark: u64) {
+    fn reject(&mut self, name: &AgentName, why: String, is_unsupported: bool, mark: u64) {
         self.refused.insert(name.to_string(), RejectedOrder { name: Some(name.clone()), why, is_unsupported, mark });
     }
 }
@@ -316,7 +316,7 @@ impl OrderList<'_> {
             match &order.cmd {
                 Cmd::Run(run) => {
                     removed.remove(&order.name);
-                    agents.insert(order.name.clone(), kept_order(order, *run));
+                    agents.insert(order.name.clone(), order_to_keep(order, *run));
                 }
                 Cmd::Uninstall => {
                     agents.remove(&order.name);
@@ -370,7 +370,7 @@ impl OrderList<'_> {
 }
 
 /// An order as it is kept.
-fn kept_order(order: &AgentOrder, run: Run) -> Order {
+fn order_to_keep(order: &AgentOrder, run: Run) -> Order {
     let AgentOrder { package, spec, retry, .. } = order;
     let unknown = match unknown::bytes(&order.unknown) {
         ..=MAX_UNKNOWN_BYTES => order.unknown.clone(),
@@ -381,7 +381,7 @@ fn kept_order(order: &AgentOrder, run: Run) -> Order {
 
 /// Whether all that is wanted then can be kept: lists that are not complete add up, and so does what waits to be removed. What was kept
 /// before can be kept again.
-fn check_kept(
+fn check_limits(
     agents: &BTreeMap<AgentName, Order>,
     omitted: &BTreeMap<AgentName, u64>,
     held: &DesiredState,

@@ -1,11 +1,11 @@
 //! `fleet.toml`: what the operator wants of the fleet, and what follows from it for one host.
 //!
 //! The file is parsed strictly: a key that is not known is an error, so that a misspelt one is never silently without effect. Whether a
-//! well-formed file may take the place of the last good one is a decision of its own ([`judge`]), because a file can be well formed and
+//! well-formed file may take the place of the last good one is a decision of its own ([`evaluate`]), because a file can be well formed and
 //! still be an accident: empty, cut off, or naming packages that are not there.
 //!
 //! ```text
-//! text -> Fleet -> judge(last good, depot) -> Fleet::desired(host) -> tell(depot) -> Told -> generation -> Answer
+//! text -> Fleet -> evaluate(last good, depot) -> Fleet::desired(host) -> orders_for(depot) -> Told -> generation -> Answer
 //! ```
 
 mod changes;
@@ -151,8 +151,8 @@ impl TryFrom<RawFleet> for Fleet {
         }
         let mut agents = BTreeMap::new();
         for (name, agent) in written.agents {
-            let order = agent.begun().ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
-            settable(&order.spec.env).map_err(|why| format!("cannot take the env of agents.{name}: {why}"))?;
+            let order = agent.to_order().ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
+            check_env(&order.spec.env).map_err(|why| format!("cannot take the env of agents.{name}: {why}"))?;
             agents.insert(name, order);
         }
         let mut rules = Vec::new();
@@ -161,7 +161,7 @@ impl TryFrom<RawFleet> for Fleet {
             let number = index + 1;
             rule.r#match.check().map_err(|why| format!("cannot take the match of rule {number}: {why}"))?;
             for (name, agent) in &rule.agents {
-                settable(&plain(agent.env.clone()))
+                check_env(&plain(agent.env.clone()))
                     .map_err(|why| format!("cannot take the env of agents.{name} in rule {number}: {why}"))?;
                 if agent.version.is_some() {
                     known.insert(name.clone());
@@ -186,16 +186,16 @@ impl TryFrom<RawFleet> for Fleet {
 
 impl RawAgent {
     /// The order that it begins; `None`: it names no version.
-    fn begun(&self) -> Option<Order> {
+    fn to_order(&self) -> Option<Order> {
         let package = Package::new(self.version.clone()?);
         let mut order =
             Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: UnknownFields::new() };
-        self.change(&mut order);
+        self.apply_to(&mut order);
         Some(order)
     }
 
     /// Changes what it says: fields, and variables of the environment one by one.
-    fn change(&self, order: &mut Order) {
+    fn apply_to(&self, order: &mut Order) {
         let RawAgent { version, cmd, env, retry } = self.clone();
         if let Some(version) = version {
             order.package = Package::new(version);
@@ -211,7 +211,7 @@ fn plain(env: BTreeMap<EnvName, EnvValue>) -> Env {
 }
 
 /// What no host could give to a sub-agent is not asked of it.
-fn settable(env: &Env) -> Result<(), String> {
+fn check_env(env: &Env) -> Result<(), String> {
     env::check(env)?;
     match env.iter().find(|(_, value)| value.reveal().contains('\0')) {
         Some((name, _)) => Err(format!("the value of {name} has a zero byte in it")),
@@ -233,7 +233,7 @@ impl Match {
         Ok(())
     }
 
-    fn holds(&self, host: &HostFacts) -> bool {
+    fn matches_host(&self, host: &HostFacts) -> bool {
         let any = |globs: &Option<Vec<Glob>>, text: &str| {
             globs.as_ref().is_none_or(|globs| globs.iter().any(|glob| glob.matches(text)))
         };
@@ -266,14 +266,14 @@ impl Fleet {
     /// A rule changes fields, and variables of the environment one by one; without a version it changes only what the host already has.
     pub fn desired(&self, host: &HostFacts) -> HostDesired {
         let mut desired = HostDesired { manager: self.manager.clone(), agents: self.agents.clone() };
-        for rule in self.rules.iter().filter(|rule| rule.matches.holds(host)) {
+        for rule in self.rules.iter().filter(|rule| rule.matches.matches_host(host)) {
             if let Some(version) = &rule.manager {
                 desired.manager = Some(version.clone());
             }
             for (name, change) in &rule.agents {
                 if let Some(order) = desired.agents.get_mut(name) {
-                    change.change(order);
-                } else if let Some(order) = change.begun() {
+                    change.apply_to(order);
+                } else if let Some(order) = change.to_order() {
                     desired.agents.insert(name.clone(), order);
                 }
             }
@@ -354,7 +354,7 @@ impl std::error::Error for FleetRejection {}
 
 /// Whether `new` may take the place of `last_good`. `hosts` are those known now, or a sample of them; `published` says whether the
 /// depot has a package of a release for any os and arch.
-pub fn judge(
+pub fn evaluate(
     new: &Fleet,
     last_good: Option<&Fleet>,
     hosts: &[HostFacts],
@@ -370,7 +370,7 @@ pub fn judge(
             if gone.len() * 2 > before.len() {
                 return Err(FleetRejection::Drops { dropped: gone.len(), of: before.len(), names: gone });
             }
-            let (dropped, of) = drops_from(hosts, last_good, new);
+            let (dropped, of) = removals_from(hosts, last_good, new);
             if dropped * 2 > of {
                 return Err(FleetRejection::DropsFromHosts { dropped, of });
             }
@@ -390,7 +390,7 @@ pub fn judge(
 }
 
 /// How many pairs of host and sub-agent would go, of how many.
-fn drops_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, usize) {
+fn removals_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, usize) {
     let counts = hosts.iter().map(|host| {
         let (before, after) = (last_good.desired(host).agents, new.desired(host).agents);
         (before.keys().filter(|name| !after.contains_key(name)).count(), before.len())
@@ -410,7 +410,11 @@ pub struct HostOrders {
 }
 
 /// Puts the desired state of a host into orders. `offer` gives the package of a release for the host's os and arch.
-pub fn tell(desired: &HostDesired, host: &HostFacts, offer: impl Fn(&str, &Version) -> Option<Offer>) -> HostOrders {
+pub fn orders_for(
+    desired: &HostDesired,
+    host: &HostFacts,
+    offer: impl Fn(&str, &Version) -> Option<Offer>,
+) -> HostOrders {
     let mut missing = Vec::new();
     let mut take = |name: &str, version: &Version| {
         let found = offer(name, version);

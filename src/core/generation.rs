@@ -5,9 +5,9 @@
 //! been set back. So the three who meet a generation are not equally strict, and whatever one of them does not go on with is let go by the next:
 //!
 //! ```text
-//! a host takes none that is further ahead of the later of both clocks than      TAKEN      (or so far ahead of the one that it holds)
-//! a gateway goes on from none that a host says it holds, further ahead than     CONTINUED  (unless it gave that one itself)
-//! a host lets itself be led back from one that it holds, further ahead than     KEPT       (by the gateway's clock)
+//! a host takes none that is further ahead of the later of both clocks than      MAX_AHEAD_ACCEPTED      (or so far ahead of the one that it holds)
+//! a gateway goes on from none that a host says it holds, further ahead than     MAX_AHEAD_CONTINUED  (unless it gave that one itself)
+//! a host lets itself be led back from one that it holds, further ahead than     MAX_AHEAD_KEPT       (by the gateway's clock)
 //! ```
 //!
 //! A clock that shows a time before this was written is no clock. Where there is none at all, the bound is [`GREATEST`] alone.
@@ -16,12 +16,12 @@ const DAY_MILLIS: u64 = 86_400_000;
 
 /// No generation reaches this: 2^53, up to which every language that a gateway may be written in counts exactly.
 pub const GREATEST: u64 = 1 << 53;
-const TAKEN: u64 = 7 * DAY_MILLIS;
+const MAX_AHEAD_ACCEPTED: u64 = 7 * DAY_MILLIS;
 #[cfg(feature = "gateway")]
-const CONTINUED: u64 = 3 * DAY_MILLIS;
-const KEPT: u64 = DAY_MILLIS;
+const MAX_AHEAD_CONTINUED: u64 = 3 * DAY_MILLIS;
+const MAX_AHEAD_KEPT: u64 = DAY_MILLIS;
 /// 2025-01-01, unix milliseconds: a clock that shows less has never been set.
-const WRITTEN: u64 = 1_735_689_600_000;
+const CLOCK_NEVER_SET_BEFORE: u64 = 1_735_689_600_000;
 
 /// What the clocks showed when an answer came, unix milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,21 +40,21 @@ impl Clocks {
     }
 
     fn gateway(self) -> Option<u64> {
-        self.gateway.filter(|gateway| *gateway >= WRITTEN)
+        self.gateway.filter(|gateway| *gateway >= CLOCK_NEVER_SET_BEFORE)
     }
 
     fn host(self) -> Option<u64> {
-        Some(self.host).filter(|host| *host >= WRITTEN)
+        Some(self.host).filter(|host| *host >= CLOCK_NEVER_SET_BEFORE)
     }
 
     /// The greatest generation that is taken where none is held.
-    fn taken(self) -> u64 {
-        below_greatest(self.gateway().max(self.host()), TAKEN)
+    fn max_accepted(self) -> u64 {
+        below_greatest(self.gateway().max(self.host()), MAX_AHEAD_ACCEPTED)
     }
 
     /// The greatest generation that is not given up for a lower one.
-    fn kept(self) -> u64 {
-        below_greatest(self.gateway().or(self.host()), KEPT)
+    fn max_final(self) -> u64 {
+        below_greatest(self.gateway().or(self.host()), MAX_AHEAD_KEPT)
     }
 }
 
@@ -72,13 +72,14 @@ pub enum GenerationOrder {
 }
 
 /// Judges a generation that comes with another content than the one `held` in its lineage, if one is.
-pub fn judge(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<GenerationOrder, String> {
-    let greatest = held.map_or(0, |held| held.saturating_add(TAKEN).min(GREATEST - 1)).max(clocks.taken());
+pub fn evaluate(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<GenerationOrder, String> {
+    let greatest =
+        held.map_or(0, |held| held.saturating_add(MAX_AHEAD_ACCEPTED).min(GREATEST - 1)).max(clocks.max_accepted());
     match held {
         Some(held) if offered == held => {
             Err(format!("cannot take generation {offered}: it came before with other content"))
         }
-        Some(held) if offered < held && (held <= clocks.kept() || offered > clocks.kept()) => {
+        Some(held) if offered < held && (held <= clocks.max_final() || offered > clocks.max_final()) => {
             Err(format!("cannot take generation {offered}: generation {held} is already held"))
         }
         Some(held) if offered < held => Ok(GenerationOrder::Back),
@@ -98,8 +99,8 @@ pub fn judge(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<Generati
 /// to whoever goes by that agent id.
 #[cfg(feature = "gateway")]
 pub fn next(last: Option<u64>, same_content: bool, held: Option<u64>, now_millis: u64) -> u64 {
-    let horizon = match now_millis >= WRITTEN {
-        true => below_greatest(Some(now_millis), CONTINUED),
+    let horizon = match now_millis >= CLOCK_NEVER_SET_BEFORE {
+        true => below_greatest(Some(now_millis), MAX_AHEAD_CONTINUED),
         false => GREATEST - 1,
     };
     let ours = |number: u64| number < GREATEST - 1 && last.is_some_and(|last| number <= last);
@@ -144,17 +145,17 @@ mod tests {
         let far = [u64::MAX, u64::MAX - 1, GREATEST, NOW + YEAR, NOW + 8 * DAY_MILLIS];
         for right in [clocks(NOW, Some(NOW)), clocks(NOW, None), clocks(0, Some(NOW)), clocks(NOW, Some(0))] {
             for offered in far {
-                assert!(judge(None, offered, right).is_err(), "{offered} {right:?}");
-                assert!(judge(Some(5), offered, right).is_err(), "{offered} {right:?}");
+                assert!(evaluate(None, offered, right).is_err(), "{offered} {right:?}");
+                assert!(evaluate(Some(5), offered, right).is_err(), "{offered} {right:?}");
             }
             for offered in [1, NOW, NOW + DAY_MILLIS] {
-                assert_eq!(judge(None, offered, right), Ok(GenerationOrder::After), "{offered} {right:?}");
+                assert_eq!(evaluate(None, offered, right), Ok(GenerationOrder::After), "{offered} {right:?}");
             }
         }
         // Of no clock, nothing is known but that there is an end.
         for unset in [clocks(0, None), clocks(1, Some(1))] {
-            assert_eq!(judge(None, NOW, unset), Ok(GenerationOrder::After));
-            assert!(judge(None, GREATEST, unset).is_err() && judge(Some(GREATEST - 1), GREATEST, unset).is_err());
+            assert_eq!(evaluate(None, NOW, unset), Ok(GenerationOrder::After));
+            assert!(evaluate(None, GREATEST, unset).is_err() && evaluate(Some(GREATEST - 1), GREATEST, unset).is_err());
         }
     }
 
@@ -162,9 +163,9 @@ mod tests {
     fn a_gateway_whose_clock_was_set_back_goes_on_counting() {
         let ahead = NOW + YEAR;
         let now = clocks(NOW, Some(NOW));
-        assert_eq!(judge(Some(ahead), ahead + 1, now), Ok(GenerationOrder::After));
-        assert!(judge(Some(ahead), ahead + YEAR, now).is_err());
-        assert!(judge(Some(u64::MAX - 1), u64::MAX, now).is_err());
+        assert_eq!(evaluate(Some(ahead), ahead + 1, now), Ok(GenerationOrder::After));
+        assert!(evaluate(Some(ahead), ahead + YEAR, now).is_err());
+        assert!(evaluate(Some(u64::MAX - 1), u64::MAX, now).is_err());
     }
 
     #[test]
@@ -185,7 +186,7 @@ mod tests {
             (NOW, NOW - 1, clocks(0, None), None),
             (u64::MAX, NOW, clocks(0, None), Some(GenerationOrder::Back)),
         ] {
-            assert_eq!(judge(Some(held), offered, clocks).ok(), expected, "{held} {offered} {clocks:?}");
+            assert_eq!(evaluate(Some(held), offered, clocks).ok(), expected, "{held} {offered} {clocks:?}");
         }
     }
 
@@ -193,21 +194,30 @@ mod tests {
     #[test]
     fn what_a_gateway_gives_is_taken_whatever_somebody_said_in_the_hosts_name() {
         let now = clocks(NOW, Some(NOW));
-        for said in [u64::MAX, u64::MAX - 1, GREATEST - 1, NOW + YEAR, NOW + CONTINUED, NOW + CONTINUED - 1, NOW, 3] {
+        for said in [
+            u64::MAX,
+            u64::MAX - 1,
+            GREATEST - 1,
+            NOW + YEAR,
+            NOW + MAX_AHEAD_CONTINUED,
+            NOW + MAX_AHEAD_CONTINUED - 1,
+            NOW,
+            3,
+        ] {
             for last in [None, Some(NOW - 5), Some(u64::MAX), Some(GREATEST - 1), Some(NOW + YEAR)] {
                 let given = next(last, false, Some(said), NOW);
-                if given > NOW + TAKEN {
+                if given > NOW + MAX_AHEAD_ACCEPTED {
                     // It gave that one itself, before its clock was set back.
                     assert!(given == said + 1 && last >= Some(said), "{said} {last:?}: {given}");
                     continue;
                 }
                 // By the host, which holds the last one or something older.
-                for held in [None, Some(NOW - 9), last.filter(|last| *last < NOW + TAKEN)] {
+                for held in [None, Some(NOW - 9), last.filter(|last| *last < NOW + MAX_AHEAD_ACCEPTED)] {
                     let unchanged = held == Some(given);
-                    assert!(unchanged || judge(held, given, now).is_ok(), "{said} {last:?} {held:?}: {given}");
+                    assert!(unchanged || evaluate(held, given, now).is_ok(), "{said} {last:?} {held:?}: {given}");
                 }
                 // And by one that holds what it says.
-                assert!(judge(Some(said), given, now).is_ok(), "{said} {last:?}: {given}");
+                assert!(evaluate(Some(said), given, now).is_ok(), "{said} {last:?}: {given}");
             }
         }
     }

@@ -215,7 +215,7 @@ pub struct DownloadStatus {
 }
 
 /// The state of a home whose manager answers.
-pub fn judge(spa_alive: bool, agents: &[AgentStatus], problems: &[String]) -> HomeState {
+pub fn home_state(spa_alive: bool, agents: &[AgentStatus], problems: &[String]) -> HomeState {
     let as_wanted = |agent: &AgentStatus| {
         matches!(agent.state, AgentState::Running | AgentState::Stopped | AgentState::Starting | AgentState::Updating)
     };

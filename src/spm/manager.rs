@@ -209,7 +209,7 @@ impl Manager {
         let mut line = GatewayLink::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
         let mut held = desired.unwrap_or_default();
         held.forget_stale();
-        line.asks_anew = held.refused().next().is_some();
+        line.asks_anew = held.rejected().next().is_some();
         let installed = installation::ManagerRecord::load(home)
             .context("cannot tell which release this is; install again")?
             .with_context(|| {

@@ -40,28 +40,28 @@ const NOW: u64 = 1_790_000_000_000;
 
 fn host(present: &BTreeSet<AgentName>) -> AnswerContext<'_> {
     let clocks = Clocks { host: NOW, gateway: Some(NOW) };
-    AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present, by_stand_in: false }
+    AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present, from_fallback: false }
 }
 
-fn judge(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
-    super::judge(held, answer, host(present))
+fn evaluate(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
+    super::evaluate(held, answer, host(present))
 }
 
-fn judge_stand_in(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
-    super::judge(held, answer, AnswerContext { by_stand_in: true, ..host(present) })
+fn evaluate_fallback(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
+    super::evaluate(held, answer, AnswerContext { from_fallback: true, ..host(present) })
 }
 
-fn refusal(held: &DesiredState, answer: &Answer) -> String {
-    match judge(held, &BTreeSet::new(), answer) {
-        AnswerOutcome::Refuse(why) => why,
+fn rejection(held: &DesiredState, answer: &Answer) -> String {
+    match evaluate(held, &BTreeSet::new(), answer) {
+        AnswerOutcome::Reject(why) => why,
         other => panic!("{other:?}"),
     }
 }
 
-fn take(held: &DesiredState, answer: &Answer) -> DesiredState {
+fn accept(held: &DesiredState, answer: &Answer) -> DesiredState {
     let present = held.agents.keys().cloned().collect();
-    match judge(held, &present, answer) {
-        AnswerOutcome::Take(taken) => {
+    match evaluate(held, &present, answer) {
+        AnswerOutcome::Accept(taken) => {
             let kept = serde_json::to_string(&taken.desired).unwrap();
             assert_eq!(
                 serde_json::from_str::<DesiredState>(&kept).unwrap(),
@@ -88,15 +88,15 @@ fn fields_of_a_later_version_are_kept_and_change_nothing() {
         ("complete".to_owned(), AnyValue::Bool(true)),
     ]);
     let held = DesiredState { unknown, ..DesiredState::default() };
-    let held = take(&held, &with(1, 1));
+    let held = accept(&held, &with(1, 1));
     assert_eq!(held.unknown, UnknownFields::from([("later".to_owned(), AnyValue::Natural(1))]));
     assert_eq!(held.agents[&"a".parse().unwrap()].unknown, later(1));
     for bytes in [0, 1, 2] {
-        assert_eq!(judge(&held, &BTreeSet::new(), &with(1, bytes)), AnswerOutcome::Unchanged);
+        assert_eq!(evaluate(&held, &BTreeSet::new(), &with(1, bytes)), AnswerOutcome::Unchanged);
     }
     // Of the list that is taken they are kept, as far as there is room for them.
-    assert_eq!(take(&held, &with(2, 4_000)).agents[&"a".parse().unwrap()].unknown, later(4_000));
-    assert_eq!(take(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, UnknownFields::new());
+    assert_eq!(accept(&held, &with(2, 4_000)).agents[&"a".parse().unwrap()].unknown, later(4_000));
+    assert_eq!(accept(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, UnknownFields::new());
 }
 
 fn names(desired: &DesiredState) -> Vec<&str> {
@@ -105,28 +105,28 @@ fn names(desired: &DesiredState) -> Vec<&str> {
 
 #[test]
 fn only_a_complete_list_that_is_not_empty_removes_what_it_does_not_name() {
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
-    assert_eq!(names(&take(&held, &answer("l", 2, true, &[]))), ["a", "b"]);
-    assert_eq!(names(&take(&held, &answer("l", 2, false, &[]))), ["a", "b"]);
-    assert_eq!(names(&take(&held, &answer("l", 2, false, &[("a", "start")]))), ["a", "b"]);
-    let after = take(&held, &answer("l", 2, true, &[("a", "start")]));
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
+    assert_eq!(names(&accept(&held, &answer("l", 2, true, &[]))), ["a", "b"]);
+    assert_eq!(names(&accept(&held, &answer("l", 2, false, &[]))), ["a", "b"]);
+    assert_eq!(names(&accept(&held, &answer("l", 2, false, &[("a", "start")]))), ["a", "b"]);
+    let after = accept(&held, &answer("l", 2, true, &[("a", "start")]));
     assert_eq!(names(&after), ["a"]);
     assert!(after.removed.contains(&"b".parse().unwrap()));
     for (complete, told) in [(true, 2), (false, 0)] {
-        let AnswerOutcome::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
+        let AnswerOutcome::Accept(taken) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
             panic!()
         };
         assert_eq!(taken.kept, told);
     }
     let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
-    assert_eq!(judge(&held, &BTreeSet::new(), &without_agents), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate(&held, &BTreeSet::new(), &without_agents), AnswerOutcome::Unchanged);
 }
 
 #[test]
 fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
     let present = BTreeSet::from(["stray".parse().unwrap()]);
-    let AnswerOutcome::Take(taken) =
-        judge(&DesiredState::default(), &present, &answer("l", 1, true, &[("a", "start")]))
+    let AnswerOutcome::Accept(taken) =
+        evaluate(&DesiredState::default(), &present, &answer("l", 1, true, &[("a", "start")]))
     else {
         panic!()
     };
@@ -135,74 +135,76 @@ fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
 
 #[test]
 fn an_uninstalled_one_may_come_back() {
-    let held = take(&DesiredState::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
-    let gone = take(&held, &answer("l", 2, false, &[("a", "uninstall")]));
+    let held = accept(&DesiredState::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
+    let gone = accept(&held, &answer("l", 2, false, &[("a", "uninstall")]));
     assert_eq!(names(&gone), ["b"]);
-    let back = take(&gone, &answer("l", 3, false, &[("a", "start")]));
+    let back = accept(&gone, &answer("l", 3, false, &[("a", "start")]));
     assert_eq!(names(&back), ["a", "b"]);
     assert!(back.removed.is_empty());
 }
 
 #[test]
 fn a_generation_only_grows_within_its_lineage() {
-    let held = take(&DesiredState::default(), &answer("l", 5, true, &[("a", "start")]));
-    let judged = |answer| judge(&held, &BTreeSet::new(), &answer);
-    assert!(matches!(judged(answer("l", 4, true, &[("a", "start")])), AnswerOutcome::Refuse(_)));
-    assert!(matches!(judged(answer("l", 5, true, &[("a", "stop")])), AnswerOutcome::Refuse(_)));
-    assert_eq!(judged(answer("l", 5, true, &[("a", "start")])), AnswerOutcome::Unchanged);
+    let held = accept(&DesiredState::default(), &answer("l", 5, true, &[("a", "start")]));
+    let evaluated = |answer| evaluate(&held, &BTreeSet::new(), &answer);
+    assert!(matches!(evaluated(answer("l", 4, true, &[("a", "start")])), AnswerOutcome::Reject(_)));
+    assert!(matches!(evaluated(answer("l", 5, true, &[("a", "stop")])), AnswerOutcome::Reject(_)));
+    assert_eq!(evaluated(answer("l", 5, true, &[("a", "start")])), AnswerOutcome::Unchanged);
     // Who counts nothing at all is heard too, and not anew each time.
     let uncounted = Answer { lineage: None, ..answer("", 0, true, &[("a", "start")]) };
-    let taken = take(&DesiredState::default(), &uncounted);
-    assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
-    assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), AnswerOutcome::Take(taken) if taken.new_lineage));
+    let taken = accept(&DesiredState::default(), &uncounted);
+    assert_eq!(evaluate(&taken, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
+    assert!(
+        matches!(evaluated(answer("m", 1, true, &[("a", "stop")])), AnswerOutcome::Accept(taken) if taken.new_lineage)
+    );
 }
 
 #[test]
 fn a_stand_ins_list_that_is_repeated_is_no_other_content() {
-    let held = take(&DesiredState::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
+    let held = accept(&DesiredState::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
     let present = held.agents.keys().cloned().collect();
     let list = answer("m", 1, true, &[("a", "start")]);
-    let AnswerOutcome::Take(taken) = judge_stand_in(&held, &present, &list) else { panic!() };
+    let AnswerOutcome::Accept(taken) = evaluate_fallback(&held, &present, &list) else { panic!() };
     assert_eq!(names(&taken.desired), ["a", "b"]);
-    assert_eq!(judge_stand_in(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
-    assert_eq!(judge(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate_fallback(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
     let next = answer("m", 2, true, &[("a", "start")]);
-    let AnswerOutcome::Take(taken) = judge_stand_in(&taken.desired, &present, &next) else { panic!() };
+    let AnswerOutcome::Accept(taken) = evaluate_fallback(&taken.desired, &present, &next) else { panic!() };
     assert_eq!(names(&taken.desired), ["a"], "its own next list is its own");
 }
 
 #[test]
 fn whoever_counts_nothing_can_still_have_a_stray_removed() {
     let uncounted = |cmds: &[(&str, &str)]| Answer { lineage: None, ..answer("", 0, false, cmds) };
-    let held = take(&DesiredState::default(), &uncounted(&[("a", "start")]));
+    let held = accept(&DesiredState::default(), &uncounted(&[("a", "start")]));
     let present = BTreeSet::from(["a".parse().unwrap(), "stray".parse().unwrap()]);
     let list = uncounted(&[("a", "start"), ("stray", "uninstall")]);
-    let AnswerOutcome::Take(taken) = judge(&held, &present, &list) else { panic!() };
+    let AnswerOutcome::Accept(taken) = evaluate(&held, &present, &list) else { panic!() };
     assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
-    assert_eq!(judge(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
 }
 
 #[test]
 fn a_generation_that_would_be_the_last_is_refused_and_one_that_is_held_is_left_again() {
     let wanted = [("a", "start")];
-    let held = take(&DesiredState::default(), &answer("l", 5, true, &wanted));
+    let held = accept(&DesiredState::default(), &answer("l", 5, true, &wanted));
     for far in [u64::MAX, 1 << 53, NOW * 2] {
         for lineage in ["l", "m"] {
-            let why = refusal(&held, &answer(lineage, far, true, &[("a", "stop")]));
+            let why = rejection(&held, &answer(lineage, far, true, &[("a", "stop")]));
             assert!(why.contains("ahead of the clocks"), "{why}");
         }
         // As an older version may have taken it.
         let absurd = DesiredState { generation: far, ..held.clone() };
         for (lineage, generation) in [("m", 1), ("l", NOW), ("l", 6)] {
             let back = answer(lineage, generation, true, &[("a", "stop")]);
-            let AnswerOutcome::Take(taken) = judge(&absurd, &BTreeSet::new(), &back) else {
+            let AnswerOutcome::Accept(taken) = evaluate(&absurd, &BTreeSet::new(), &back) else {
                 panic!("{lineage} {generation}")
             };
-            let AcceptedState { desired, new_lineage, led_back, .. } = *taken;
-            assert_eq!((new_lineage, led_back, desired.generation), (lineage == "m", lineage == "l", generation));
+            let AcceptedState { desired, new_lineage, moved_back, .. } = *taken;
+            assert_eq!((new_lineage, moved_back, desired.generation), (lineage == "m", lineage == "l", generation));
             assert_eq!(desired.agents[&"a".parse().unwrap()].run, Run::Stop);
         }
-        assert_eq!(judge(&absurd, &BTreeSet::new(), &answer("l", far, true, &wanted)), AnswerOutcome::Unchanged);
+        assert_eq!(evaluate(&absurd, &BTreeSet::new(), &answer("l", far, true, &wanted)), AnswerOutcome::Unchanged);
     }
 }
 
@@ -212,17 +214,17 @@ fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
     let orders = |from: usize, to: usize| -> Vec<(&str, &str)> {
         names[from..to].iter().map(|name| (name.as_str(), "start")).collect()
     };
-    let why = refusal(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_001)));
+    let why = rejection(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_001)));
     assert!(why.contains("1001 orders: at most 1000"), "{why}");
     // Nor bit by bit.
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_000)));
-    let why = refusal(&held, &answer("l", 2, false, &orders(1_000, 1_001)));
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_000)));
+    let why = rejection(&held, &answer("l", 2, false, &orders(1_000, 1_001)));
     assert!(why.contains("1001 sub-agents: at most 1000"), "{why}");
-    assert_eq!(take(&held, &answer("l", 2, true, &orders(1, 1_001))).agents.len(), 1_000);
+    assert_eq!(accept(&held, &answer("l", 2, true, &orders(1, 1_001))).agents.len(), 1_000);
     // One that an older version has taken may shrink.
     let mut large = held.clone();
     large.agents.extend(held.agents.iter().map(|(name, order)| (format!("{name}-b").parse().unwrap(), order.clone())));
-    assert_eq!(take(&large, &answer("l", 2, false, &[("a1", "uninstall")])).agents.len(), 1_999);
+    assert_eq!(accept(&large, &answer("l", 2, false, &[("a1", "uninstall")])).agents.len(), 1_999);
 
     type Change = fn(&mut Answer);
     let changes: [(Change, &str); 2] = [
@@ -233,9 +235,9 @@ fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
         let mut changed = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
         let others = (0..7).map(|number| MessageItem::Read(order(&format!("c{number}"), "start")));
         changed.agents.iter_mut().for_each(|orders| orders.extend(others.clone()));
-        assert!(matches!(judge(&held, &BTreeSet::new(), &changed), AnswerOutcome::Take(_)));
+        assert!(matches!(evaluate(&held, &BTreeSet::new(), &changed), AnswerOutcome::Accept(_)));
         change(&mut changed);
-        let why = refusal(&held, &changed);
+        let why = rejection(&held, &changed);
         assert!(why.contains(words), "{why}");
     }
 }
@@ -268,7 +270,7 @@ fn first(answer: &mut Answer) -> &mut AgentOrder {
 #[test]
 fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
     let wanted = [("a", "start"), ("b", "start")];
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &wanted));
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &wanted));
     type Change = fn(&mut AgentOrder);
     let changes: [(Change, &str); 7] = [
         (|order| order.package.tarball = Some("t".repeat(2_049)), "a tarball of 2049 bytes: at most 2048"),
@@ -279,23 +281,23 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         (|order| order.package.version = "current".parse().unwrap(), "the version current is reserved"),
         (|order| order.package.version = "Current".parse().unwrap(), "the version Current is reserved"),
     ];
-    let judged = |change: &dyn Fn(&mut Vec<MessageItem<AgentOrder>>)| {
+    let evaluated = |change: &dyn Fn(&mut Vec<MessageItem<AgentOrder>>)| {
         let mut answer = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
         change(answer.agents.as_mut().unwrap());
-        let after = take(&held, &answer);
+        let after = accept(&held, &answer);
         let present = held.agents.keys().cloned().collect();
-        assert_eq!(judge(&after, &present, &answer), AnswerOutcome::Unchanged, "it is taken once");
+        assert_eq!(evaluate(&after, &present, &answer), AnswerOutcome::Unchanged, "it is taken once");
         assert!(after.removed.is_empty() && after.omitted().is_empty());
         after
     };
     let b = |desired: &DesiredState| desired.agents[&"b".parse().unwrap()].run;
-    let reasons = |desired: &DesiredState| desired.refused().map(|refusal| refusal.why.clone()).collect::<Vec<_>>();
+    let reasons = |desired: &DesiredState| desired.rejected().map(|refusal| refusal.why.clone()).collect::<Vec<_>>();
     for (change, words) in changes {
-        let after = judged(&|items| {
+        let after = evaluated(&|items| {
             let MessageItem::Read(order) = &mut items[0] else { panic!() };
             change(order);
         });
-        let refusal = after.refused().next().unwrap();
+        let refusal = after.rejected().next().unwrap();
         assert_eq!(refusal.name.as_ref().map(AgentName::as_str), Some("a"));
         assert!(refusal.why.contains(words), "{refusal:?}");
         // It stays as it was, and the other order is followed.
@@ -309,28 +311,28 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
             mark: 1,
         })
     };
-    let named = judged(&|items| items[0] = unreadable(Some("a")));
+    let named = evaluated(&|items| items[0] = unreadable(Some("a")));
     assert_eq!((names(&named), b(&named), reasons(&named)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
     // Whose order it is is not known: nothing is omitted, though the list says that it is complete.
-    let unnamed = judged(&|items| items[0] = unreadable(None));
+    let unnamed = evaluated(&|items| items[0] = unreadable(None));
     assert_eq!((names(&unnamed), b(&unnamed), reasons(&unnamed)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
-    let twice = judged(&|items| items.push(MessageItem::Read(order("a", "stop"))));
+    let twice = evaluated(&|items| items.push(MessageItem::Read(order("a", "stop"))));
     assert_eq!(twice.agents[&"a".parse().unwrap()].run, Run::Start);
     assert!(reasons(&twice)[0].contains("twice"));
     // A different order that is refused for the same reason is reported too.
     let unlike = |version: &str| {
-        judged(&|items| {
+        evaluated(&|items| {
             let MessageItem::Read(order) = &mut items[0] else { panic!() };
             (order.package.version, order.package.file) = (version.parse().unwrap(), Some("f".repeat(256)));
         })
     };
     assert_eq!(reasons(&unlike("2")), reasons(&unlike("3")));
-    assert!(unlike("2").refused().ne(unlike("3").refused()) && unlike("2").refused().eq(unlike("2").refused()));
+    assert!(unlike("2").rejected().ne(unlike("3").rejected()) && unlike("2").rejected().eq(unlike("2").rejected()));
     // The next list that is good ends it.
-    assert_eq!(take(&twice, &answer("l", 3, true, &wanted)).refused().count(), 0);
-    let of_others = take(&twice, &answer("l", 3, false, &[("b", "start")]));
-    assert_eq!(of_others.refused().count(), 1, "a list that says nothing of it changes nothing");
-    assert_eq!(take(&of_others, &answer("l", 4, false, &[("a", "start")])).refused().count(), 0);
+    assert_eq!(accept(&twice, &answer("l", 3, true, &wanted)).rejected().count(), 0);
+    let of_others = accept(&twice, &answer("l", 3, false, &[("b", "start")]));
+    assert_eq!(of_others.rejected().count(), 1, "a list that says nothing of it changes nothing");
+    assert_eq!(accept(&of_others, &answer("l", 4, false, &[("a", "start")])).rejected().count(), 0);
 }
 
 #[test]
@@ -345,11 +347,11 @@ fn an_order_that_a_later_version_can_follow_is_followed_under_the_same_number() 
             mark: 1,
         }),
     );
-    let held = take(&DesiredState::default(), &list);
+    let held = accept(&DesiredState::default(), &list);
     assert_eq!(names(&held), ["a"]);
     list.agents.as_mut().unwrap()[1] = good;
-    let after = take(&held, &list);
-    assert_eq!((names(&after), after.generation, after.refused().count()), (vec!["a", "b"], 5, 0));
+    let after = accept(&held, &list);
+    assert_eq!((names(&after), after.generation, after.rejected().count()), (vec!["a", "b"], 5, 0));
 }
 
 #[test]
@@ -358,21 +360,21 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
         removal_delay: Some(60),
         ..answer("l", generation, complete, agents)
     };
-    let held = take(&DesiredState::default(), &late(1, true, &[("a", "start"), ("b", "start")]));
-    let mut omits = take(&held, &late(2, true, &[("a", "start")]));
+    let held = accept(&DesiredState::default(), &late(1, true, &[("a", "start"), ("b", "start")]));
+    let mut omits = accept(&held, &late(2, true, &[("a", "start")]));
     let seconds = |desired: &DesiredState| desired.omitted().values().copied().collect::<Vec<_>>();
     assert_eq!((omits.agents.clone(), seconds(&omits)), (held.agents.clone(), vec![0]));
     omits.count_omission(59);
     assert_eq!(omits.without_omitted(60), None);
     // Another list that omits it, too: it has waited so far.
-    let mut omits = take(&omits, &late(3, true, &[("a", "stop")]));
+    let mut omits = accept(&omits, &late(3, true, &[("a", "stop")]));
     assert_eq!((names(&omits), seconds(&omits)), (vec!["a", "b"], vec![59]));
     let present: BTreeSet<AgentName> = held.agents.keys().cloned().collect();
-    assert_eq!(judge(&omits, &present, &late(3, true, &[("a", "stop")])), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate(&omits, &present, &late(3, true, &[("a", "stop")])), AnswerOutcome::Unchanged);
     // The list that names it again, under the same number, has different content.
     assert!(matches!(
-        judge(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])),
-        AnswerOutcome::Refuse(_)
+        evaluate(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])),
+        AnswerOutcome::Reject(_)
     ));
     for (list, stays, waited) in [
         (late(4, true, &[("a", "stop"), ("b", "start")]), true, vec![]),
@@ -382,7 +384,7 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
         (late(4, true, &[]), true, vec![]),
         (late(4, true, &[("a", "stop"), ("b", "uninstall")]), false, vec![]),
     ] {
-        let after = take(&omits, &list);
+        let after = accept(&omits, &list);
         let is_there = after.agents.contains_key(&"b".parse().unwrap());
         assert_eq!((is_there, seconds(&after)), (stays, waited), "{list:?}");
         assert_eq!(after.removed.is_empty(), stays, "{list:?}");
@@ -392,7 +394,7 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
     assert_eq!((names(&after), seconds(&after)), (vec!["a"], vec![]));
     assert!(after.removed.contains(&"b".parse().unwrap()));
     // Where no answer says otherwise it is five minutes.
-    let after = take(&held, &Answer { removal_delay: None, ..late(2, true, &[("a", "start")]) });
+    let after = accept(&held, &Answer { removal_delay: None, ..late(2, true, &[("a", "start")]) });
     assert_eq!((names(&after), removal_delay(&late(1, true, &[]))), (vec!["a", "b"], 60));
 }
 
@@ -400,8 +402,8 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
 fn the_wait_survives_a_restart_and_an_older_manager_in_between_ends_it() {
     let late =
         |generation, agents: &[(&str, &str)]| Answer { removal_delay: None, ..answer("l", generation, true, agents) };
-    let held = take(&DesiredState::default(), &late(1, &[("a", "start"), ("b", "start")]));
-    let mut omits = take(&held, &late(2, &[("a", "start")]));
+    let held = accept(&DesiredState::default(), &late(1, &[("a", "start"), ("b", "start")]));
+    let mut omits = accept(&held, &late(2, &[("a", "start")]));
     omits.count_omission(7);
     let written = serde_json::to_value(&omits).unwrap();
     let mut read: DesiredState = serde_json::from_value(written.clone()).unwrap();
@@ -421,20 +423,21 @@ fn env(count: usize, length: usize) -> Env {
 
 #[test]
 fn what_was_never_there_is_not_remembered_as_removed() {
-    let held = take(&DesiredState::default(), &answer("l", 1, false, &[("a", "start")]));
-    let after = take(&held, &answer("l", 2, false, &[("a", "uninstall"), ("b", "uninstall")]));
+    let held = accept(&DesiredState::default(), &answer("l", 1, false, &[("a", "start")]));
+    let after = accept(&held, &answer("l", 2, false, &[("a", "uninstall"), ("b", "uninstall")]));
     assert_eq!(after.removed, BTreeSet::from(["a".parse().unwrap()]));
-    assert!(take(&after, &answer("l", 3, false, &[("c", "start")])).removed.is_empty());
+    assert!(accept(&after, &answer("l", 3, false, &[("c", "start")])).removed.is_empty());
 }
 
 #[test]
 fn an_unknown_command_changes_nothing_and_is_told() {
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &[("a", "start")]));
-    let AnswerOutcome::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")])) else {
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &[("a", "start")]));
+    let AnswerOutcome::Accept(taken) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")]))
+    else {
         panic!()
     };
     assert_eq!(taken.desired.agents, held.agents);
-    let refused: Vec<&RejectedOrder> = taken.desired.refused().collect();
+    let refused: Vec<&RejectedOrder> = taken.desired.rejected().collect();
     assert!(refused[0].is_unsupported && refused[0].why.contains("cannot dance a"), "{refused:?}");
 }
 
@@ -457,7 +460,7 @@ proptest! {
     fn nothing_is_removed_but_by_an_order(answers in prop::collection::vec(any_answer(), 1..12)) {
         let (mut held, present) = (DesiredState::default(), BTreeSet::new());
         for answer in answers {
-            let AnswerOutcome::Take(taken) = judge(&held, &present, &answer) else { continue };
+            let AnswerOutcome::Accept(taken) = evaluate(&held, &present, &answer) else { continue };
             let AcceptedState { desired, new_lineage, .. } = *taken;
             let orders = answer.agents.as_deref().unwrap_or_default();
             for gone in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
@@ -467,11 +470,11 @@ proptest! {
                 let uninstalled = orders.iter().any(uninstalls);
                 prop_assert!(uninstalled || (answer.complete && !orders.is_empty()), "{gone} is gone");
             }
-            let is_followed_further = held.refused().next().is_some() && desired.generation == held.generation;
+            let is_followed_further = held.rejected().next().is_some() && desired.generation == held.generation;
             let is_next = desired.generation > held.generation || is_followed_further;
             prop_assert!(new_lineage || held == DesiredState::default() || is_next);
             prop_assert!(desired.agents.keys().all(|name| !desired.removed.contains(name)));
-            prop_assert_eq!(judge(&desired, &present, &answer), AnswerOutcome::Unchanged);
+            prop_assert_eq!(evaluate(&desired, &present, &answer), AnswerOutcome::Unchanged);
             held = desired;
         }
     }

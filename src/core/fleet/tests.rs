@@ -1,4 +1,4 @@
-//! Facts about fleet files: what is refused, what rules override, what a host is told.
+//! Facts about fleet files: what is refused, what rules override, the orders of a host.
 
 use proptest::prelude::*;
 
@@ -9,7 +9,7 @@ fn fleet(text: &str) -> Fleet {
     toml::from_str(text).unwrap_or_else(|error| panic!("{error}"))
 }
 
-fn refusal(text: &str) -> String {
+fn rejection(text: &str) -> String {
     toml::from_str::<Fleet>(text).expect_err(text).to_string()
 }
 
@@ -84,13 +84,13 @@ fn a_secret_is_told_to_the_host_and_never_quoted() {
     assert!(fleet(secret).has_secrets() && fleet(&ruled).has_secrets());
     let fleet = fleet(secret);
     let host = host("1", "h");
-    let told = tell(&fleet.desired(&host), &host, offer);
-    assert_eq!(told.agents[0].spec.env["TOKEN"].reveal(), "hunter2");
-    assert!(!format!("{fleet:?}{told:?}").contains("hunter2"));
+    let orders = orders_for(&fleet.desired(&host), &host, offer);
+    assert_eq!(orders.agents[0].spec.env["TOKEN"].reveal(), "hunter2");
+    assert!(!format!("{fleet:?}{orders:?}").contains("hunter2"));
     for bad in
         ["{ secrets = \"hunter2\" }", "[\"hunter2\"]", "{ secret = [\"hunter2\"] }", "{ secret = \"hunter2\", a = 1 }"]
     {
-        let error = refusal(&format!("[agents.a]\nversion = \"1\"\nenv.TOKEN = {bad}\n"));
+        let error = rejection(&format!("[agents.a]\nversion = \"1\"\nenv.TOKEN = {bad}\n"));
         let message = error.lines().last().unwrap_or_default();
         assert!(!message.contains("hunter2"), "{bad}: {message}");
     }
@@ -138,9 +138,9 @@ fn what_is_not_known_is_refused_with_its_name_and_line() {
         ("[agents.a]\nversion = \"1\"\n[agents.a]\nversion = \"2\"", &["line 3"]),
         ("[agents.a", &["line 1"]),
     ] {
-        let refusal = refusal(text);
+        let error = rejection(text);
         for word in words {
-            assert!(refusal.contains(word), "{text}\n{refusal}\n{word}");
+            assert!(error.contains(word), "{text}\n{error}\n{word}");
         }
     }
 }
@@ -148,11 +148,11 @@ fn what_is_not_known_is_refused_with_its_name_and_line() {
 #[test]
 fn an_empty_file_is_a_fleet_that_wants_nothing() {
     let empty = fleet("");
-    assert_eq!(judge(&empty, None, &[], |_, _| false), Ok(()));
+    assert_eq!(evaluate(&empty, None, &[], |_, _| false), Ok(()));
     assert_eq!((empty.interval, empty.removal_delay), (DEFAULT_INTERVAL, DEFAULT_REMOVAL_DELAY));
     assert_eq!(fleet("removalDelay = \"0s\"").removal_delay, Duration::ZERO);
-    let told = tell(&empty.desired(&host("1", "a")), &host("1", "a"), offer);
-    assert!(told.agents.is_empty() && !told.complete && told.missing.is_none());
+    let orders = orders_for(&empty.desired(&host("1", "a")), &host("1", "a"), offer);
+    assert!(orders.agents.is_empty() && !orders.complete && orders.missing.is_none());
 }
 
 fn agents(names: &[&str]) -> String {
@@ -162,13 +162,13 @@ fn agents(names: &[&str]) -> String {
 #[test]
 fn a_file_that_drops_most_is_refused_unless_it_says_so() {
     let last_good = fleet(&agents(&["a", "b", "c", "d"]));
-    let judged = |text: &str| judge(&fleet(text), Some(&last_good), &[], |_, _| true);
-    assert_eq!(judged(&agents(&["a", "b"])), Ok(()));
-    assert!(matches!(judged(&agents(&["a"])), Err(FleetRejection::Drops { dropped: 3, of: 4, .. })));
-    assert!(matches!(judged(&agents(&["e", "f", "g", "h"])), Err(FleetRejection::Drops { dropped: 4, of: 4, .. })));
-    assert_eq!(judged(&format!("allowRemoval = true\n{}", agents(&["a"]))), Ok(()));
-    assert_eq!(judged(""), Err(FleetRejection::Empty));
-    assert_eq!(judged("allowRemoval = true"), Err(FleetRejection::Empty));
+    let evaluated = |text: &str| evaluate(&fleet(text), Some(&last_good), &[], |_, _| true);
+    assert_eq!(evaluated(&agents(&["a", "b"])), Ok(()));
+    assert!(matches!(evaluated(&agents(&["a"])), Err(FleetRejection::Drops { dropped: 3, of: 4, .. })));
+    assert!(matches!(evaluated(&agents(&["e", "f", "g", "h"])), Err(FleetRejection::Drops { dropped: 4, of: 4, .. })));
+    assert_eq!(evaluated(&format!("allowRemoval = true\n{}", agents(&["a"]))), Ok(()));
+    assert_eq!(evaluated(""), Err(FleetRejection::Empty));
+    assert_eq!(evaluated("allowRemoval = true"), Err(FleetRejection::Empty));
 }
 
 #[test]
@@ -176,15 +176,15 @@ fn a_rule_that_takes_most_from_the_hosts_is_refused_too() {
     let last_good = fleet(&agents(&["a", "b"]));
     let narrowed = "[[rules]]\nmatch = { hostname = [\"one\"] }\nagents.a.version = \"1\"\nagents.b.version = \"1\"\n";
     let hosts: Vec<HostFacts> = ["one", "two", "three"].map(|name| host("1", name)).to_vec();
-    let judged = |text: &str| judge(&fleet(text), Some(&last_good), &hosts, |_, _| true);
-    assert_eq!(judged(narrowed), Err(FleetRejection::DropsFromHosts { dropped: 4, of: 6 }));
-    assert_eq!(judged(&format!("allowRemoval = true\n{narrowed}")), Ok(()));
+    let evaluated = |text: &str| evaluate(&fleet(text), Some(&last_good), &hosts, |_, _| true);
+    assert_eq!(evaluated(narrowed), Err(FleetRejection::DropsFromHosts { dropped: 4, of: 6 }));
+    assert_eq!(evaluated(&format!("allowRemoval = true\n{narrowed}")), Ok(()));
 }
 
 #[test]
 fn a_file_that_names_what_is_not_published_is_refused() {
     let published = |name: &str, version: &Version| name == "node-exporter" && version.as_str() == "1.5.0";
-    let Err(FleetRejection::NoPackage(missing)) = judge(&fleet(EXAMPLE), None, &[], published) else {
+    let Err(FleetRejection::NoPackage(missing)) = evaluate(&fleet(EXAMPLE), None, &[], published) else {
         panic!("not refused")
     };
     assert_eq!(missing, ["aops-spm 0.1.0", "aops-spm 0.2.0", "extra 1", "legacy c57f6a1d", "node-exporter 1.6.0"]);
@@ -193,20 +193,20 @@ fn a_file_that_names_what_is_not_published_is_refused() {
 #[test]
 fn a_file_that_names_a_reserved_version_is_refused_and_one_that_is_in_force_stays() {
     let current = fleet("[manager]\nversion = \"current\"\n[agents.a]\nversion = \"Current\"\n");
-    let Err(FleetRejection::Reserved(why)) = judge(&current, None, &[], |_, _| true) else { panic!("not refused") };
+    let Err(FleetRejection::Reserved(why)) = evaluate(&current, None, &[], |_, _| true) else { panic!("not refused") };
     assert!(why.contains("agents.a: the version Current is reserved"), "{why}");
-    assert_eq!(judge(&fleet("[manager]\nversion = \"current\"\n"), None, &[], |_, _| true), Ok(()));
+    assert_eq!(evaluate(&fleet("[manager]\nversion = \"current\"\n"), None, &[], |_, _| true), Ok(()));
 }
 
 #[test]
 fn a_list_that_leaves_something_out_does_not_call_itself_complete() {
     let fleet = fleet(&agents(&["a", "absent", "b"]));
     let host = host("1", "x");
-    let told = tell(&fleet.desired(&host), &host, offer);
-    let names: Vec<&str> = told.agents.iter().map(|order| order.name.as_str()).collect();
+    let orders = orders_for(&fleet.desired(&host), &host, offer);
+    let names: Vec<&str> = orders.agents.iter().map(|order| order.name.as_str()).collect();
     assert_eq!(names, ["a", "b"]);
-    assert!(!told.complete);
-    assert!(told.missing.unwrap().contains("linux/amd64 of absent 1"));
+    assert!(!orders.complete);
+    assert!(orders.missing.unwrap().contains("linux/amd64 of absent 1"));
 }
 
 #[test]
@@ -240,7 +240,7 @@ proptest! {
     fn a_file_always_takes_its_own_place(names in prop::collection::btree_set("[a-z]{1,4}", 1..8)) {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let same = fleet(&agents(&names));
-        prop_assert_eq!(judge(&same, Some(&same), &[host("1", "x")], |_, _| true), Ok(()));
+        prop_assert_eq!(evaluate(&same, Some(&same), &[host("1", "x")], |_, _| true), Ok(()));
     }
 
     #[test]

@@ -82,12 +82,12 @@ impl Manager {
             arch: platform::ARCH,
             clocks: Clocks::new(millis, clock_offset),
             present: &present,
-            by_stand_in: passed_over.is_some(),
+            from_fallback: passed_over.is_some(),
         };
         let delay = desired::removal_delay(answer);
         self.orders.count(Instant::now());
         self.orders.delay = Some(delay);
-        match desired::judge(self.orders.newest(), answer, host) {
+        match desired::evaluate(self.orders.newest(), answer, host) {
             AnswerOutcome::Unchanged => {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
                     && answer.generation == self.orders.held.generation;
@@ -97,7 +97,7 @@ impl Manager {
                     self.still_omitted(delay);
                 }
             }
-            AnswerOutcome::Refuse(why) => {
+            AnswerOutcome::Reject(why) => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
                 if self.problems.get("desired") != Some(&why) {
                     self.journal.note("desired", "refused", EventSubject::default(), why.as_str());
@@ -105,7 +105,7 @@ impl Manager {
                 self.problems.insert("desired", why);
             }
             // On disk before it is acted on: what is begun must be known after a crash.
-            AnswerOutcome::Take(taken) => self.keep_orders(taken, passed_over),
+            AnswerOutcome::Accept(taken) => self.keep_orders(taken, passed_over),
         }
     }
 
@@ -115,7 +115,7 @@ impl Manager {
             return;
         }
         if let Some(desired) = self.orders.held.without_omitted(delay) {
-            let taken = AcceptedState { desired, new_lineage: false, led_back: false, kept: 0 };
+            let taken = AcceptedState { desired, new_lineage: false, moved_back: false, kept: 0 };
             return self.keep_orders(Box::new(taken), None);
         }
         if self.orders.unwritten >= WAIT_WRITTEN.max(delay / 10) {
@@ -149,12 +149,12 @@ impl Manager {
 
     /// Another desired state is in force.
     fn follow(&mut self, taken: AcceptedState, now: Instant) {
-        let AcceptedState { desired, new_lineage, led_back, kept } = taken;
+        let AcceptedState { desired, new_lineage, moved_back, kept } = taken;
         self.problems.remove("desired");
         if new_lineage {
             tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
         }
-        if led_back {
+        if moved_back {
             let text = format!(
                 "generation {} takes the place of {}, which was further ahead than any clock explains",
                 desired.generation, self.orders.held.generation
@@ -193,9 +193,9 @@ impl Manager {
 
     /// Tells of the orders that are not followed, of each once.
     fn tell_of_refused_orders(&mut self, before: &DesiredState) {
-        let known: Vec<&RejectedOrder> = before.refused().collect();
+        let known: Vec<&RejectedOrder> = before.rejected().collect();
         let new: Vec<RejectedOrder> =
-            self.orders.held.refused().filter(|refusal| !known.contains(refusal)).cloned().collect();
+            self.orders.held.rejected().filter(|refusal| !known.contains(refusal)).cloned().collect();
         for refusal in new.iter().take(REFUSED_TOLD) {
             let about = EventSubject { agent: refusal.name.as_ref(), version: None };
             match refusal.is_unsupported {
@@ -213,8 +213,8 @@ impl Manager {
 
     /// Shows the orders that are not followed as long as they stand.
     pub(super) fn show_refused_orders(&mut self) {
-        let words: Vec<String> = self.orders.held.refused().take(NAMED).map(refusal_words).collect();
-        let more = self.orders.held.refused().count().saturating_sub(NAMED);
+        let words: Vec<String> = self.orders.held.rejected().take(NAMED).map(refusal_words).collect();
+        let more = self.orders.held.rejected().count().saturating_sub(NAMED);
         match words.is_empty() {
             true => drop(self.problems.remove("orders")),
             false => {

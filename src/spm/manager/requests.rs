@@ -242,7 +242,7 @@ impl Manager {
                 // In its first moments it has not come to connect yet.
                 let comes =
                     self.identity.started.elapsed() < WATCHDOG_COMES && role::living(&self.home, Role::Spa).is_some();
-                status::judge(self.peer.is_connected() || comes, &agents, &problems)
+                status::home_state(self.peer.is_connected() || comes, &agents, &problems)
             }
         };
         Status {
