@@ -275,7 +275,7 @@ impl UpgradeSession {
             Epochs::commit(&self.home, MANAGER_PACKAGE, image.epoch)?;
             self.take_over_keys(&image.version, &image.brings, &image.revokes);
             if let Some(endpoint) = &image.endpoint
-                && let Err(error) = config::moved::keep(&self.home, endpoint)
+                && let Err(error) = config::new_endpoint::commit(&self.home, endpoint)
             {
                 tracing::error!(error = format!("{error:#}"), "the endpoint that the release brings is not kept");
             }

@@ -330,7 +330,7 @@ impl Manager {
 /// The settings, with the endpoint that a release on trial brings.
 fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
     let Some(endpoint) = endpoint else { return config };
-    config::moved::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
+    config::new_endpoint::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
         tracing::error!(error = format!("{error:#}"), "the endpoint that this release brings cannot be used");
         config
     })

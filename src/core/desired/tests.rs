@@ -1,4 +1,4 @@
-//! Facts about what answers make of a desired state.
+//! How answers change a desired state.
 
 use proptest::prelude::*;
 
@@ -66,7 +66,7 @@ fn accept(held: &DesiredState, answer: &Answer) -> DesiredState {
             assert_eq!(
                 serde_json::from_str::<DesiredState>(&kept).unwrap(),
                 taken.desired,
-                "it is kept as it is taken"
+                "the stored state differs from the accepted one"
             );
             taken.desired
         }
@@ -94,7 +94,7 @@ fn fields_of_a_later_version_are_kept_and_change_nothing() {
     for bytes in [0, 1, 2] {
         assert_eq!(evaluate(&held, &BTreeSet::new(), &with(1, bytes)), AnswerOutcome::Unchanged);
     }
-    // Of the list that is taken they are kept, as far as there is room for them.
+    // Those of the accepted list are stored if they fit.
     assert_eq!(accept(&held, &with(2, 4_000)).agents[&"a".parse().unwrap()].unknown, later(4_000));
     assert_eq!(accept(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, UnknownFields::new());
 }
@@ -104,7 +104,7 @@ fn names(desired: &DesiredState) -> Vec<&str> {
 }
 
 #[test]
-fn only_a_complete_list_that_is_not_empty_removes_what_it_does_not_name() {
+fn only_a_complete_list_that_is_not_empty_removes_omitted_sub_agents() {
     let held = accept(&DesiredState::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
     assert_eq!(names(&accept(&held, &answer("l", 2, true, &[]))), ["a", "b"]);
     assert_eq!(names(&accept(&held, &answer("l", 2, false, &[]))), ["a", "b"]);
@@ -112,18 +112,18 @@ fn only_a_complete_list_that_is_not_empty_removes_what_it_does_not_name() {
     let after = accept(&held, &answer("l", 2, true, &[("a", "start")]));
     assert_eq!(names(&after), ["a"]);
     assert!(after.removed.contains(&"b".parse().unwrap()));
-    for (complete, told) in [(true, 2), (false, 0)] {
+    for (complete, kept) in [(true, 2), (false, 0)] {
         let AnswerOutcome::Accept(taken) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
             panic!()
         };
-        assert_eq!(taken.kept, told);
+        assert_eq!(taken.kept, kept);
     }
     let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
     assert_eq!(evaluate(&held, &BTreeSet::new(), &without_agents), AnswerOutcome::Unchanged);
 }
 
 #[test]
-fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
+fn a_complete_list_also_removes_installed_sub_agents_that_were_never_ordered() {
     let present = BTreeSet::from(["stray".parse().unwrap()]);
     let AnswerOutcome::Accept(taken) =
         evaluate(&DesiredState::default(), &present, &answer("l", 1, true, &[("a", "start")]))
@@ -134,7 +134,7 @@ fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
 }
 
 #[test]
-fn an_uninstalled_one_may_come_back() {
+fn an_uninstalled_sub_agent_can_be_ordered_again() {
     let held = accept(&DesiredState::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
     let gone = accept(&held, &answer("l", 2, false, &[("a", "uninstall")]));
     assert_eq!(names(&gone), ["b"]);
@@ -150,7 +150,7 @@ fn a_generation_only_grows_within_its_lineage() {
     assert!(matches!(evaluated(answer("l", 4, true, &[("a", "start")])), AnswerOutcome::Reject(_)));
     assert!(matches!(evaluated(answer("l", 5, true, &[("a", "stop")])), AnswerOutcome::Reject(_)));
     assert_eq!(evaluated(answer("l", 5, true, &[("a", "start")])), AnswerOutcome::Unchanged);
-    // Who counts nothing at all is heard too, and not anew each time.
+    // A list without lineage and generation is accepted too, once.
     let uncounted = Answer { lineage: None, ..answer("", 0, true, &[("a", "start")]) };
     let taken = accept(&DesiredState::default(), &uncounted);
     assert_eq!(evaluate(&taken, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
@@ -160,7 +160,7 @@ fn a_generation_only_grows_within_its_lineage() {
 }
 
 #[test]
-fn a_stand_ins_list_that_is_repeated_is_no_other_content() {
+fn a_repeated_list_of_a_fallback_endpoint_changes_nothing() {
     let held = accept(&DesiredState::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
     let present = held.agents.keys().cloned().collect();
     let list = answer("m", 1, true, &[("a", "start")]);
@@ -170,11 +170,11 @@ fn a_stand_ins_list_that_is_repeated_is_no_other_content() {
     assert_eq!(evaluate(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
     let next = answer("m", 2, true, &[("a", "start")]);
     let AnswerOutcome::Accept(taken) = evaluate_fallback(&taken.desired, &present, &next) else { panic!() };
-    assert_eq!(names(&taken.desired), ["a"], "its own next list is its own");
+    assert_eq!(names(&taken.desired), ["a"], "the next list of that endpoint removes what it omits");
 }
 
 #[test]
-fn whoever_counts_nothing_can_still_have_a_stray_removed() {
+fn a_list_without_generation_can_remove_a_stray_sub_agent() {
     let uncounted = |cmds: &[(&str, &str)]| Answer { lineage: None, ..answer("", 0, false, cmds) };
     let held = accept(&DesiredState::default(), &uncounted(&[("a", "start")]));
     let present = BTreeSet::from(["a".parse().unwrap(), "stray".parse().unwrap()]);
@@ -185,7 +185,7 @@ fn whoever_counts_nothing_can_still_have_a_stray_removed() {
 }
 
 #[test]
-fn a_generation_that_would_be_the_last_is_refused_and_one_that_is_held_is_left_again() {
+fn a_generation_far_ahead_is_rejected_and_a_held_one_is_given_up_for_a_lower_one() {
     let wanted = [("a", "start")];
     let held = accept(&DesiredState::default(), &answer("l", 5, true, &wanted));
     for far in [u64::MAX, 1 << 53, NOW * 2] {
@@ -193,7 +193,7 @@ fn a_generation_that_would_be_the_last_is_refused_and_one_that_is_held_is_left_a
             let why = rejection(&held, &answer(lineage, far, true, &[("a", "stop")]));
             assert!(why.contains("ahead of the clocks"), "{why}");
         }
-        // As an older version may have taken it.
+        // An older version may have accepted it.
         let absurd = DesiredState { generation: far, ..held.clone() };
         for (lineage, generation) in [("m", 1), ("l", NOW), ("l", 6)] {
             let back = answer(lineage, generation, true, &[("a", "stop")]);
@@ -209,19 +209,19 @@ fn a_generation_that_would_be_the_last_is_refused_and_one_that_is_held_is_left_a
 }
 
 #[test]
-fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
+fn an_answer_beyond_the_limits_of_a_host_is_rejected_as_a_whole() {
     let names: Vec<String> = (0..1_001).map(|number| format!("a{number}")).collect();
     let orders = |from: usize, to: usize| -> Vec<(&str, &str)> {
         names[from..to].iter().map(|name| (name.as_str(), "start")).collect()
     };
     let why = rejection(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_001)));
     assert!(why.contains("1001 orders: at most 1000"), "{why}");
-    // Nor bit by bit.
+    // Several partial lists cannot exceed the limit either.
     let held = accept(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_000)));
     let why = rejection(&held, &answer("l", 2, false, &orders(1_000, 1_001)));
     assert!(why.contains("1001 sub-agents: at most 1000"), "{why}");
     assert_eq!(accept(&held, &answer("l", 2, true, &orders(1, 1_001))).agents.len(), 1_000);
-    // One that an older version has taken may shrink.
+    // A larger state that an older version accepted may shrink.
     let mut large = held.clone();
     large.agents.extend(held.agents.iter().map(|(name, order)| (format!("{name}-b").parse().unwrap(), order.clone())));
     assert_eq!(accept(&large, &answer("l", 2, false, &[("a1", "uninstall")])).agents.len(), 1_999);
@@ -243,7 +243,7 @@ fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
 }
 
 #[test]
-fn the_document_names_the_bounds_of_orders() {
+fn the_protocol_document_states_the_limits_of_orders() {
     assert_eq!((MAX_TARBALL_BYTES, MAX_FILE_BYTES, MAX_LINEAGE_BYTES, MAX_ENV_BYTES), (2_048, 255, 128, 1 << 20));
     for words in [
         "a `tarball` of more than 2,048 bytes",
@@ -268,7 +268,7 @@ fn first(answer: &mut Answer) -> &mut AgentOrder {
 }
 
 #[test]
-fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
+fn an_invalid_order_is_rejected_alone_and_does_not_count_as_omitted() {
     let wanted = [("a", "start"), ("b", "start")];
     let held = accept(&DesiredState::default(), &answer("l", 1, true, &wanted));
     type Change = fn(&mut AgentOrder);
@@ -286,7 +286,7 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         change(answer.agents.as_mut().unwrap());
         let after = accept(&held, &answer);
         let present = held.agents.keys().cloned().collect();
-        assert_eq!(evaluate(&after, &present, &answer), AnswerOutcome::Unchanged, "it is taken once");
+        assert_eq!(evaluate(&after, &present, &answer), AnswerOutcome::Unchanged, "the same answer is accepted twice");
         assert!(after.removed.is_empty() && after.omitted().is_empty());
         after
     };
@@ -300,7 +300,7 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         let refusal = after.rejected().next().unwrap();
         assert_eq!(refusal.name.as_ref().map(AgentName::as_str), Some("a"));
         assert!(refusal.why.contains(words), "{refusal:?}");
-        // It stays as it was, and the other order is followed.
+        // The sub-agent stays unchanged, and the other order is carried out.
         assert_eq!(after.agents[&"a".parse().unwrap()], held.agents[&"a".parse().unwrap()]);
         assert_eq!(b(&after), Run::Stop);
     }
@@ -313,13 +313,13 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
     };
     let named = evaluated(&|items| items[0] = unreadable(Some("a")));
     assert_eq!((names(&named), b(&named), reasons(&named)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
-    // Whose order it is is not known: nothing is omitted, though the list says that it is complete.
+    // The order names no sub-agent that can be read: nothing counts as omitted, although the list is marked as complete.
     let unnamed = evaluated(&|items| items[0] = unreadable(None));
     assert_eq!((names(&unnamed), b(&unnamed), reasons(&unnamed)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
     let twice = evaluated(&|items| items.push(MessageItem::Read(order("a", "stop"))));
     assert_eq!(twice.agents[&"a".parse().unwrap()].run, Run::Start);
     assert!(reasons(&twice)[0].contains("twice"));
-    // A different order that is refused for the same reason is reported too.
+    // A different order that is rejected for the same reason is reported too.
     let unlike = |version: &str| {
         evaluated(&|items| {
             let MessageItem::Read(order) = &mut items[0] else { panic!() };
@@ -328,15 +328,15 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
     };
     assert_eq!(reasons(&unlike("2")), reasons(&unlike("3")));
     assert!(unlike("2").rejected().ne(unlike("3").rejected()) && unlike("2").rejected().eq(unlike("2").rejected()));
-    // The next list that is good ends it.
+    // The next list with a valid order clears the rejection.
     assert_eq!(accept(&twice, &answer("l", 3, true, &wanted)).rejected().count(), 0);
     let of_others = accept(&twice, &answer("l", 3, false, &[("b", "start")]));
-    assert_eq!(of_others.rejected().count(), 1, "a list that says nothing of it changes nothing");
+    assert_eq!(of_others.rejected().count(), 1, "a list that does not name it changes nothing");
     assert_eq!(accept(&of_others, &answer("l", 4, false, &[("a", "start")])).rejected().count(), 0);
 }
 
 #[test]
-fn an_order_that_a_later_version_can_follow_is_followed_under_the_same_number() {
+fn an_order_that_only_a_later_version_can_read_is_accepted_under_the_same_generation() {
     let mut list = answer("l", 5, true, &[("a", "start"), ("b", "start")]);
     let items = list.agents.as_mut().unwrap();
     let good = std::mem::replace(
@@ -355,7 +355,7 @@ fn an_order_that_a_later_version_can_follow_is_followed_under_the_same_number() 
 }
 
 #[test]
-fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_long_enough() {
+fn a_sub_agent_omitted_by_a_complete_list_stays_as_ordered_until_the_removal_delay_has_passed() {
     let late = |generation, complete, agents: &[(&str, &str)]| Answer {
         removal_delay: Some(60),
         ..answer("l", generation, complete, agents)
@@ -366,12 +366,12 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
     assert_eq!((omits.agents.clone(), seconds(&omits)), (held.agents.clone(), vec![0]));
     omits.count_omission(59);
     assert_eq!(omits.without_omitted(60), None);
-    // Another list that omits it, too: it has waited so far.
+    // The next list omits it too: the time already waited counts.
     let mut omits = accept(&omits, &late(3, true, &[("a", "stop")]));
     assert_eq!((names(&omits), seconds(&omits)), (vec!["a", "b"], vec![59]));
     let present: BTreeSet<AgentName> = held.agents.keys().cloned().collect();
     assert_eq!(evaluate(&omits, &present, &late(3, true, &[("a", "stop")])), AnswerOutcome::Unchanged);
-    // The list that names it again, under the same number, has different content.
+    // A list that names it again under the same generation has different content.
     assert!(matches!(
         evaluate(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])),
         AnswerOutcome::Reject(_)
@@ -380,7 +380,7 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
         (late(4, true, &[("a", "stop"), ("b", "start")]), true, vec![]),
         (late(4, false, &[("b", "start")]), true, vec![]),
         (late(4, false, &[("a", "stop")]), true, vec![59]),
-        // An empty list omits nothing, and what is ordered is at once.
+        // An empty list omits nothing. An uninstall order takes effect at once.
         (late(4, true, &[]), true, vec![]),
         (late(4, true, &[("a", "stop"), ("b", "uninstall")]), false, vec![]),
     ] {
@@ -393,13 +393,13 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
     let after = omits.without_omitted(60).unwrap();
     assert_eq!((names(&after), seconds(&after)), (vec!["a"], vec![]));
     assert!(after.removed.contains(&"b".parse().unwrap()));
-    // Where no answer says otherwise it is five minutes.
+    // The default is five minutes.
     let after = accept(&held, &Answer { removal_delay: None, ..late(2, true, &[("a", "start")]) });
     assert_eq!((names(&after), removal_delay(&late(1, true, &[]))), (vec!["a", "b"], 60));
 }
 
 #[test]
-fn the_wait_survives_a_restart_and_an_older_manager_in_between_ends_it() {
+fn the_removal_delay_survives_a_restart_and_an_older_manager_in_between_resets_it() {
     let late =
         |generation, agents: &[(&str, &str)]| Answer { removal_delay: None, ..answer("l", generation, true, agents) };
     let held = accept(&DesiredState::default(), &late(1, &[("a", "start"), ("b", "start")]));
@@ -409,7 +409,7 @@ fn the_wait_survives_a_restart_and_an_older_manager_in_between_ends_it() {
     let mut read: DesiredState = serde_json::from_value(written.clone()).unwrap();
     read.forget_stale();
     assert_eq!(read, omits);
-    // It knows nothing of it, and writes it back beside the next list, which names it again.
+    // An older manager writes the unknown field back next to a newer list, which names the sub-agent again.
     let mut older = written;
     older["generation"] = 3.into();
     let mut read: DesiredState = serde_json::from_value(older).unwrap();
@@ -422,7 +422,7 @@ fn env(count: usize, length: usize) -> Env {
 }
 
 #[test]
-fn what_was_never_there_is_not_remembered_as_removed() {
+fn a_sub_agent_that_was_never_installed_is_not_recorded_as_removed() {
     let held = accept(&DesiredState::default(), &answer("l", 1, false, &[("a", "start")]));
     let after = accept(&held, &answer("l", 2, false, &[("a", "uninstall"), ("b", "uninstall")]));
     assert_eq!(after.removed, BTreeSet::from(["a".parse().unwrap()]));
@@ -430,7 +430,7 @@ fn what_was_never_there_is_not_remembered_as_removed() {
 }
 
 #[test]
-fn an_unknown_command_changes_nothing_and_is_told() {
+fn an_order_with_an_unknown_command_changes_nothing_and_is_reported() {
     let held = accept(&DesiredState::default(), &answer("l", 1, true, &[("a", "start")]));
     let AnswerOutcome::Accept(taken) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")]))
     else {
@@ -441,7 +441,7 @@ fn an_unknown_command_changes_nothing_and_is_told() {
     assert!(refused[0].is_unsupported && refused[0].why.contains("cannot dance a"), "{refused:?}");
 }
 
-/// One of few agents, ordered in any way.
+/// An answer with any orders for few sub-agents.
 fn any_answer() -> impl Strategy<Value = Answer> {
     let name = prop::sample::select(vec!["a", "b", "c"]);
     let cmd = prop::sample::select(vec!["start", "stop", "uninstall", "dance"]);
@@ -455,9 +455,9 @@ fn any_answer() -> impl Strategy<Value = Answer> {
 }
 
 proptest! {
-    /// Whatever a gateway answers, one after the other: nothing goes but by an order, and nothing is taken twice.
+    /// In any sequence of answers, a sub-agent is removed by an order only, and no answer is accepted twice.
     #[test]
-    fn nothing_is_removed_but_by_an_order(answers in prop::collection::vec(any_answer(), 1..12)) {
+    fn a_sub_agent_is_removed_by_an_order_only(answers in prop::collection::vec(any_answer(), 1..12)) {
         let (mut held, present) = (DesiredState::default(), BTreeSet::new());
         for answer in answers {
             let AnswerOutcome::Accept(taken) = evaluate(&held, &present, &answer) else { continue };
@@ -470,8 +470,8 @@ proptest! {
                 let uninstalled = orders.iter().any(uninstalls);
                 prop_assert!(uninstalled || (answer.complete && !orders.is_empty()), "{gone} is gone");
             }
-            let is_followed_further = held.rejected().next().is_some() && desired.generation == held.generation;
-            let is_next = desired.generation > held.generation || is_followed_further;
+            let retries_rejected = held.rejected().next().is_some() && desired.generation == held.generation;
+            let is_next = desired.generation > held.generation || retries_rejected;
             prop_assert!(new_lineage || held == DesiredState::default() || is_next);
             prop_assert!(desired.agents.keys().all(|name| !desired.removed.contains(name)));
             prop_assert_eq!(evaluate(&desired, &present, &answer), AnswerOutcome::Unchanged);
