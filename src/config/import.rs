@@ -100,7 +100,7 @@ fn raw_value(value: serde_json::Value) -> RawValue {
     match value {
         Value::String(text) => RawValue::Text(text),
         Value::Number(number) => RawValue::Number(number.to_string()),
-        Value::Bool(truth) => RawValue::Truth(truth),
+        Value::Bool(flag) => RawValue::Bool(flag),
         Value::Array(items) => RawValue::List(items.into_iter().map(raw_value).collect()),
         Value::Null | Value::Object(_) => RawValue::Other,
     }

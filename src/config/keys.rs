@@ -39,7 +39,7 @@ const MAX_EXCEPTIONS: usize = 256;
 pub(super) enum RawValue {
     Text(String),
     Number(String),
-    Truth(bool),
+    Bool(bool),
     List(Vec<RawValue>),
     Other,
 }
@@ -98,33 +98,33 @@ fn raw_value(value: &DeValue<'_>) -> RawValue {
     match value {
         DeValue::String(text) => RawValue::Text(text.to_string()),
         DeValue::Integer(number) if number.radix() == 10 => RawValue::Number(number.as_str().to_owned()),
-        DeValue::Boolean(truth) => RawValue::Truth(*truth),
+        DeValue::Boolean(flag) => RawValue::Bool(*flag),
         DeValue::Array(items) => RawValue::List(items.iter().map(|item| raw_value(item.get_ref())).collect()),
         _ => RawValue::Other,
     }
 }
 
 /// Sets one key, which must be one of [`KEYS`]. Fails if more than one way to verify certificates is set.
-pub(super) fn set(config: &mut Config, key: &str, given: &RawValue) -> Result<(), ExpectedValue> {
+pub(super) fn set(config: &mut Config, key: &str, value: &RawValue) -> Result<(), ExpectedValue> {
     match key {
         "heartbeatSrv" => {
             config.heartbeat_srv =
-                list(given, "the gateway's endpoint, such as \"https://gateway.example:8888\", or a list of them")?;
+                list(value, "the gateway's endpoint, such as \"https://gateway.example:8888\", or a list of them")?;
         }
         "heartbeatInterval" => {
-            config.heartbeat_interval = span(given, Duration::from_secs(1), Duration::from_secs(3_600))?
+            config.heartbeat_interval = span(value, Duration::from_secs(1), Duration::from_secs(3_600))?
         }
         "downloadTimeout" => {
-            config.download_timeout = span(given, Duration::from_secs(1), Duration::from_secs(86_400))?
+            config.download_timeout = span(value, Duration::from_secs(1), Duration::from_secs(86_400))?
         }
-        "downloadStall" => config.download_stall = span(given, Duration::from_secs(1), Duration::from_secs(600))?,
+        "downloadStall" => config.download_stall = span(value, Duration::from_secs(1), Duration::from_secs(600))?,
         // At a lower rate, simultaneous downloads would each be so slow that they count as stalled.
-        "downloadRate" => config.download_rate = Some(rate(given, 64 << 10, 1 << 40)?),
+        "downloadRate" => config.download_rate = Some(rate(value, 64 << 10, 1 << 40)?),
         "proxy" => {
             let expected = "the address of a proxy, such as \"http://proxy.example:3128\" or \
                             \"http://user:password@proxy.example:3128\", or \"none\"";
-            let written = text(given, expected)?;
-            config.proxy = match written.as_str() {
+            let address = text(value, expected)?;
+            config.proxy = match address.as_str() {
                 "none" => ProxyChoice::None,
                 address => {
                     ProxyChoice::Proxy(address.parse().map_err(|why| ExpectedValue(format!("{expected}; {why}")))?)
@@ -134,24 +134,24 @@ pub(super) fn set(config: &mut Config, key: &str, given: &RawValue) -> Result<()
         "noProxy" => {
             let expected = "the hosts to reach without the proxy, such as [\"gateway.example\", \".example\", \"10.0.0.0/8\", \
                             \"gateway.example:8888\"], or \"*\"";
-            config.no_proxy = Some(exceptions(given, expected)?);
+            config.no_proxy = Some(exceptions(value, expected)?);
         }
         // The manager needs 3 MiB idle and about 10 MiB while it unpacks, the watchdog 2 MiB. A lower limit would restart them repeatedly.
-        "spmMaxMem" => config.spm_max_mem = size(given, 16 << 20, 1 << 40)?,
-        "spaMaxMem" => config.spa_max_mem = size(given, 8 << 20, 1 << 40)?,
-        "upgradeTrial" => config.upgrade_trial = span(given, Duration::from_secs(5), Duration::from_secs(600))?,
-        "logMaxSize" => config.log_max_size = size(given, 64 << 10, 1 << 40)?,
-        "product" => config.product = Some(text(given, "the name of a product, such as \"generic\"")?),
+        "spmMaxMem" => config.spm_max_mem = size(value, 16 << 20, 1 << 40)?,
+        "spaMaxMem" => config.spa_max_mem = size(value, 8 << 20, 1 << 40)?,
+        "upgradeTrial" => config.upgrade_trial = span(value, Duration::from_secs(5), Duration::from_secs(600))?,
+        "logMaxSize" => config.log_max_size = size(value, 64 << 10, 1 << 40)?,
+        "product" => config.product = Some(text(value, "the name of a product, such as \"generic\"")?),
         "caCert" => {
-            let path = text(given, "the path of a file with certificates, such as \"etc/ca.pem\"")?;
+            let path = text(value, "the path of a file with certificates, such as \"etc/ca.pem\"")?;
             set_certificate(config, CertificateCheck::Authority(PathBuf::from(path)))?;
         }
         "pin" => {
-            let pins = list(given, "a SHA-256 of 64 hexadecimal digits in quotes, or a list of them")?;
+            let pins = list(value, "a SHA-256 of 64 hexadecimal digits in quotes, or a list of them")?;
             set_certificate(config, CertificateCheck::Pinned(pins))?;
         }
-        "pinFirstContact" if truth(given)? => set_certificate(config, CertificateCheck::FirstContact)?,
-        "insecure" if truth(given)? => set_certificate(config, CertificateCheck::Unchecked)?,
+        "pinFirstContact" if boolean(value)? => set_certificate(config, CertificateCheck::FirstContact)?,
+        "insecure" if boolean(value)? => set_certificate(config, CertificateCheck::Unchecked)?,
         _ => {}
     }
     Ok(())
@@ -179,35 +179,35 @@ fn set_certificate(config: &mut Config, value: CertificateCheck) -> Result<(), E
     Ok(())
 }
 
-fn text(given: &RawValue, expected: &str) -> Result<String, ExpectedValue> {
-    match given {
+fn text(value: &RawValue, expected: &str) -> Result<String, ExpectedValue> {
+    match value {
         RawValue::Text(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
         _ => Err(ExpectedValue(expected.to_owned())),
     }
 }
 
-fn truth(given: &RawValue) -> Result<bool, ExpectedValue> {
-    match given {
-        RawValue::Truth(truth) => Ok(*truth),
+fn boolean(value: &RawValue) -> Result<bool, ExpectedValue> {
+    match value {
+        RawValue::Bool(flag) => Ok(*flag),
         _ => Err(ExpectedValue("true or false".to_owned())),
     }
 }
 
 /// One text, or a list of 1 to [`MAX_ITEMS`] texts.
-fn list<T: std::str::FromStr>(given: &RawValue, expected: &str) -> Result<Vec<T>, ExpectedValue> {
+fn list<T: std::str::FromStr>(value: &RawValue, expected: &str) -> Result<Vec<T>, ExpectedValue> {
     let unexpected = || ExpectedValue(expected.to_owned());
     let one = |item: &RawValue| text(item, expected)?.parse().map_err(|_| unexpected());
-    match given {
-        RawValue::Text(_) => Ok(vec![one(given)?]),
+    match value {
+        RawValue::Text(_) => Ok(vec![one(value)?]),
         RawValue::List(items) if (1..=MAX_ITEMS).contains(&items.len()) => items.iter().map(one).collect(),
         _ => Err(unexpected()),
     }
 }
 
 /// One text of items separated by commas, or a list of items; may be empty.
-fn exceptions(given: &RawValue, expected: &str) -> Result<Vec<Exception>, ExpectedValue> {
+fn exceptions(value: &RawValue, expected: &str) -> Result<Vec<Exception>, ExpectedValue> {
     let unexpected = || ExpectedValue(expected.to_owned());
-    let items: Vec<&str> = match given {
+    let items: Vec<&str> = match value {
         RawValue::Text(text) => text.split([',', ' ']).filter(|item| !item.is_empty()).collect(),
         RawValue::List(items) => items
             .iter()
@@ -225,39 +225,35 @@ fn exceptions(given: &RawValue, expected: &str) -> Result<Vec<Exception>, Expect
 }
 
 /// A size per second.
-fn rate(given: &RawValue, least: u64, most: u64) -> Result<Size, ExpectedValue> {
-    let expected = || ExpectedValue(format!("a rate such as \"10MiB/s\", from {}/s to {}/s", Size(least), Size(most)));
-    let read = match given {
+fn rate(value: &RawValue, min: u64, max: u64) -> Result<Size, ExpectedValue> {
+    let expected = || ExpectedValue(format!("a rate such as \"10MiB/s\", from {}/s to {}/s", Size(min), Size(max)));
+    let parsed = match value {
         RawValue::Text(text) => text.trim().strip_suffix("/s").and_then(Size::parse),
         _ => None,
     };
-    read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(expected)
+    parsed.filter(|size| (min..=max).contains(&size.0)).ok_or_else(expected)
 }
 
-fn span(given: &RawValue, least: Duration, most: Duration) -> Result<Span, ExpectedValue> {
-    let read = match given {
+fn span(value: &RawValue, min: Duration, max: Duration) -> Result<Span, ExpectedValue> {
+    let parsed = match value {
         RawValue::Text(text) | RawValue::Number(text) => Span::parse(text),
         _ => None,
     };
-    read.filter(|span| (least..=most).contains(&span.0)).ok_or_else(|| {
+    parsed.filter(|span| (min..=max).contains(&span.0)).ok_or_else(|| {
         ExpectedValue(format!(
             "a duration such as \"30s\" or a whole number of seconds, from {} to {}",
-            Span(least),
-            Span(most)
+            Span(min),
+            Span(max)
         ))
     })
 }
 
-fn size(given: &RawValue, least: u64, most: u64) -> Result<Size, ExpectedValue> {
-    let read = match given {
+fn size(value: &RawValue, min: u64, max: u64) -> Result<Size, ExpectedValue> {
+    let parsed = match value {
         RawValue::Text(text) | RawValue::Number(text) => Size::parse(text),
         _ => None,
     };
-    read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(|| {
-        ExpectedValue(format!(
-            "a size such as \"64MiB\" or a whole number of MiB, from {} to {}",
-            Size(least),
-            Size(most)
-        ))
+    parsed.filter(|size| (min..=max).contains(&size.0)).ok_or_else(|| {
+        ExpectedValue(format!("a size such as \"64MiB\" or a whole number of MiB, from {} to {}", Size(min), Size(max)))
     })
 }

@@ -49,8 +49,8 @@ pub struct DesiredState {
     #[serde(default)]
     pub removed: BTreeSet<AgentName>,
     /// The list came from a fallback endpoint, so the sub-agents that it did not name were kept.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub spares_unnamed: bool,
+    #[serde(default, rename = "sparesUnnamed", skip_serializing_if = "std::ops::Not::not")]
+    pub keeps_unnamed: bool,
     #[serde(default, skip_serializing_if = "PendingOrders::is_empty")]
     pub(super) open: PendingOrders,
     #[serde(flatten)]
@@ -68,8 +68,8 @@ pub(super) struct PendingOrders {
     #[serde(default)]
     omitted: BTreeMap<AgentName, u64>,
     /// Rejected orders, by the sub-agent's name, or by their position in the list if the name cannot be read.
-    #[serde(default)]
-    refused: BTreeMap<String, RejectedOrder>,
+    #[serde(default, rename = "refused")]
+    rejected: BTreeMap<String, RejectedOrder>,
 }
 
 /// An order that is not carried out.
@@ -83,8 +83,8 @@ pub struct RejectedOrder {
     #[serde(default)]
     pub is_unsupported: bool,
     /// Distinguishes it from another order that is rejected for the same reason.
-    #[serde(default)]
-    mark: u64,
+    #[serde(default, rename = "mark")]
+    hash: u64,
 }
 
 impl PendingOrders {
@@ -94,7 +94,7 @@ impl PendingOrders {
     }
 
     fn is_empty(&self) -> bool {
-        self.omitted.is_empty() && self.refused.is_empty()
+        self.omitted.is_empty() && self.rejected.is_empty()
     }
 }
 
@@ -113,19 +113,19 @@ impl DesiredState {
 
     /// The orders that are not carried out.
     pub fn rejected(&self) -> impl Iterator<Item = &RejectedOrder> {
-        self.open.refused.values()
+        self.open.rejected.values()
     }
 
-    /// Adds `seconds` to the time for which each omitted sub-agent has been omitted.
-    pub fn count_omission(&mut self, seconds: u64) {
-        for so_far in self.open.omitted.values_mut() {
-            *so_far = so_far.saturating_add(seconds);
+    /// Adds `more` seconds to the time for which each omitted sub-agent has been omitted.
+    pub fn count_omission(&mut self, more: u64) {
+        for seconds in self.open.omitted.values_mut() {
+            *seconds = seconds.saturating_add(more);
         }
     }
 
     /// The desired state without the sub-agents omitted for `delay` seconds or more; `None`: there are none.
     pub fn without_omitted(&self, delay: u64) -> Option<DesiredState> {
-        let is_due = |(_, so_far): &(&AgentName, &u64)| **so_far >= delay;
+        let is_due = |(_, seconds): &(&AgentName, &u64)| **seconds >= delay;
         let due: BTreeSet<AgentName> = self.open.omitted.iter().filter(is_due).map(|(name, _)| name.clone()).collect();
         if due.is_empty() {
             return None;
@@ -199,15 +199,15 @@ pub fn evaluate(held: &DesiredState, answer: &Answer, host: AnswerContext<'_>) -
     let first = held.generation == 0 && held.lineage.is_empty();
     let new_lineage = !first && lineage != held.lineage;
     // An earlier version may have rejected an order of this list that this version can carry out; the generation is the same then.
-    let retries_rejected = same_number && !held.open.refused.is_empty();
+    let retries_rejected = same_number && !held.open.rejected.is_empty();
     let counted = (!first && !new_lineage && !retries_rejected).then_some(held.generation);
     let moved_back = match generation::evaluate(counted, answer.generation, host.clocks) {
         Ok(next) => next == GenerationOrder::Back,
         Err(why) => return AnswerOutcome::Reject(why),
     };
     let is_other_lineage = !held.lineage.is_empty() && answer.lineage.as_ref() != Some(&held.lineage);
-    let spares_unnamed = host.from_fallback && is_other_lineage;
-    let AppliedList { agents, removed, omitted, refused } = list.apply(held, host.present, spares_unnamed);
+    let keeps_unnamed = host.from_fallback && is_other_lineage;
+    let AppliedList { agents, removed, omitted, rejected } = list.apply(held, host.present, keeps_unnamed);
     if let Err(why) = check_limits(&agents, &omitted, held) {
         return AnswerOutcome::Reject(why);
     }
@@ -215,8 +215,8 @@ pub fn evaluate(held: &DesiredState, answer: &Answer, host: AnswerContext<'_>) -
     let mut unknown = held.unknown.clone();
     unknown.retain(|name, _| !OBSOLETE_FIELDS.contains(&name.as_str()));
     let generation = answer.generation;
-    let open = PendingOrders { generation, omitted, refused }.normalized();
-    let desired = DesiredState { lineage, generation, agents, removed, spares_unnamed, open, unknown };
+    let open = PendingOrders { generation, omitted, rejected }.normalized();
+    let desired = DesiredState { lineage, generation, agents, removed, keeps_unnamed, open, unknown };
     let desired = desired.without_omitted(removal_delay(answer)).unwrap_or(desired);
     AnswerOutcome::Accept(Box::new(AcceptedState { desired, new_lineage, moved_back, kept }))
 }
@@ -230,7 +230,7 @@ pub fn removal_delay(answer: &Answer) -> u64 {
 struct SortedOrders<'a> {
     valid: Vec<&'a AgentOrder>,
     /// By name, or by position in the list.
-    refused: BTreeMap<String, RejectedOrder>,
+    rejected: BTreeMap<String, RejectedOrder>,
     named: BTreeSet<&'a AgentName>,
     /// The name of each order could be read.
     all_named: bool,
@@ -239,29 +239,29 @@ struct SortedOrders<'a> {
 impl<'a> SortedOrders<'a> {
     fn of(items: &'a [MessageItem<AgentOrder>], host: AnswerContext<'_>) -> SortedOrders<'a> {
         let mut orders =
-            SortedOrders { valid: vec![], refused: BTreeMap::new(), named: BTreeSet::new(), all_named: true };
+            SortedOrders { valid: vec![], rejected: BTreeMap::new(), named: BTreeSet::new(), all_named: true };
         for (index, item) in items.iter().enumerate() {
-            let (name, why, mark) = match item {
-                MessageItem::Read(order) => (Some(&order.name), check(order, host).err(), item::mark(order)),
-                MessageItem::Unreadable(Unreadable { name, why, mark }) => (name.as_ref(), Some(why.clone()), *mark),
+            let (name, why, hash) = match item {
+                MessageItem::Read(order) => (Some(&order.name), check(order, host).err(), item::content_hash(order)),
+                MessageItem::Unreadable(Unreadable { name, why, hash }) => (name.as_ref(), Some(why.clone()), *hash),
             };
             let Some(name) = name else {
                 orders.all_named = false;
                 let why = why.unwrap_or_default();
-                let refusal = RejectedOrder { name: None, why, is_unsupported: false, mark };
-                orders.refused.insert(format!("order {} of the list", index + 1), refusal);
+                let rejection = RejectedOrder { name: None, why, is_unsupported: false, hash };
+                orders.rejected.insert(format!("order {} of the list", index + 1), rejection);
                 continue;
             };
             // It is not known which of the two orders is meant.
             let why = if orders.named.insert(name) { why } else { Some("the list names it twice".to_owned()) };
             if let Some(why) = why {
                 orders.valid.retain(|order| order.name != *name);
-                orders.reject(name, why, false, mark);
+                orders.reject(name, why, false, hash);
             } else if let MessageItem::Read(order) = item {
                 match &order.cmd {
                     Cmd::Unknown(word) => {
                         let why = format!("cannot {word} {name}: this version does not know the command");
-                        orders.reject(name, why, true, mark);
+                        orders.reject(name, why, true, hash);
                     }
                     Cmd::Run(_) | Cmd::Uninstall => orders.valid.push(order),
                 }
@@ -270,8 +270,8 @@ impl<'a> SortedOrders<'a> {
         orders
     }
 
-    fn reject(&mut self, name: &AgentName, why: String, is_unsupported: bool, mark: u64) {
-        self.refused.insert(name.to_string(), RejectedOrder { name: Some(name.clone()), why, is_unsupported, mark });
+    fn reject(&mut self, name: &AgentName, why: String, is_unsupported: bool, hash: u64) {
+        self.rejected.insert(name.to_string(), RejectedOrder { name: Some(name.clone()), why, is_unsupported, hash });
     }
 }
 
@@ -304,12 +304,12 @@ struct AppliedList {
     agents: BTreeMap<AgentName, Order>,
     removed: BTreeSet<AgentName>,
     omitted: BTreeMap<AgentName, u64>,
-    refused: BTreeMap<String, RejectedOrder>,
+    rejected: BTreeMap<String, RejectedOrder>,
 }
 
 impl OrderList<'_> {
-    fn apply(&self, held: &DesiredState, present: &BTreeSet<AgentName>, spares_unnamed: bool) -> AppliedList {
-        let SortedOrders { valid, refused, named, all_named } = &self.orders;
+    fn apply(&self, held: &DesiredState, present: &BTreeSet<AgentName>, keeps_unnamed: bool) -> AppliedList {
+        let SortedOrders { valid, rejected, named, all_named } = &self.orders;
         let mut agents = held.agents.clone();
         let mut removed = held.removed.clone();
         for order in valid {
@@ -327,12 +327,12 @@ impl OrderList<'_> {
         }
         // A sub-agent that was never installed needs no removal.
         removed.retain(|name| present.contains(name) || held.agents.contains_key(name));
-        let so_far = |name: &AgentName| held.open.omitted.get(name).copied().unwrap_or(0);
+        let seconds = |name: &AgentName| held.open.omitted.get(name).copied().unwrap_or(0);
         let omitted = match self.complete {
-            true if !self.is_empty && *all_named && !spares_unnamed => {
+            true if !self.is_empty && *all_named && !keeps_unnamed => {
                 let omitted = present.iter().chain(held.agents.keys());
                 let omitted = omitted.filter(|name| !named.contains(name) && !removed.contains(*name));
-                omitted.map(|name| (name.clone(), so_far(name))).collect()
+                omitted.map(|name| (name.clone(), seconds(name))).collect()
             }
             // This list removes nothing.
             true => BTreeMap::new(),
@@ -342,16 +342,16 @@ impl OrderList<'_> {
                 omitted
             }
         };
-        let mut refused = refused.clone();
+        let mut rejected = rejected.clone();
         if !self.complete {
             let earlier = held
                 .open
-                .refused
+                .rejected
                 .iter()
-                .filter(|(_, refusal)| refusal.name.as_ref().is_some_and(|name| !named.contains(name)));
-            refused.extend(earlier.map(|(name, refusal)| (name.clone(), refusal.clone())));
+                .filter(|(_, rejection)| rejection.name.as_ref().is_some_and(|name| !named.contains(name)));
+            rejected.extend(earlier.map(|(name, rejection)| (name.clone(), rejection.clone())));
         }
-        AppliedList { agents, removed, omitted, refused }
+        AppliedList { agents, removed, omitted, rejected }
     }
 
     /// Whether applying the list again would not change the desired state.
@@ -359,11 +359,11 @@ impl OrderList<'_> {
     /// From a gateway that numbers its lists, the same number also means that no further sub-agent is to be removed. A list without a
     /// number may order that.
     fn is_repetition(&self, held: &DesiredState, present: &BTreeSet<AgentName>) -> bool {
-        let applied = self.apply(held, present, held.spares_unnamed);
+        let applied = self.apply(held, present, held.keeps_unnamed);
         let is_counted = held.generation > 0 || !held.lineage.is_empty();
         let is_relevant = |name: &&AgentName| !is_counted || held.agents.contains_key(*name);
         applied.agents == held.agents
-            && applied.refused == held.open.refused
+            && applied.rejected == held.open.rejected
             && applied.omitted.keys().filter(is_relevant).eq(held.open.omitted.keys().filter(is_relevant))
             && (is_counted || applied.removed.iter().all(|name| held.removed.contains(name) || !present.contains(name)))
     }
@@ -386,14 +386,14 @@ fn check_limits(
     omitted: &BTreeMap<AgentName, u64>,
     held: &DesiredState,
 ) -> Result<(), String> {
-    let wanted = || agents.iter().filter(|(name, _)| !omitted.contains_key(*name));
-    let count = wanted().count();
+    let remaining = || agents.iter().filter(|(name, _)| !omitted.contains_key(*name));
+    let count = remaining().count();
     if count > MAX_AGENTS.max(held.agents.len()) {
         return Err(format!("cannot accept a desired state with {count} sub-agents: at most {MAX_AGENTS}"));
     }
     let bytes_of = |order: &Order| env::bytes(&order.spec.env);
     let before: usize = held.agents.values().map(bytes_of).sum();
-    let bytes: usize = wanted().map(|(_, order)| bytes_of(order)).sum();
+    let bytes: usize = remaining().map(|(_, order)| bytes_of(order)).sum();
     if bytes > MAX_ENV_BYTES.max(before) {
         return Err(format!(
             "cannot accept a desired state with environments of {bytes} bytes: at most {MAX_ENV_BYTES}"

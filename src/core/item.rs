@@ -31,11 +31,11 @@ pub struct Unreadable {
     pub name: Option<AgentName>,
     pub why: String,
     /// Distinguishes it from another item that cannot be read for the same reason.
-    pub mark: u64,
+    pub hash: u64,
 }
 
 /// A hash that distinguishes contents, to recognize a repeated one. Valid on one host and for one build of the program.
-pub fn mark(content: &impl fmt::Debug) -> u64 {
+pub fn content_hash(content: &impl fmt::Debug) -> u64 {
     let mut hasher = DefaultHasher::new();
     format!("{content:?}").hash(&mut hasher);
     hasher.finish()
@@ -66,10 +66,10 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for MessageItem<T> {
             },
             _ => None,
         };
-        let mark = mark(&value);
+        let hash = content_hash(&value);
         Ok(match read(value) {
             Ok(item) => MessageItem::Read(item),
-            Err(why) => MessageItem::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), mark }),
+            Err(why) => MessageItem::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), hash }),
         })
     }
 }

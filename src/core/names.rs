@@ -16,7 +16,7 @@ pub fn check(release: &Release) -> Result<(), String> {
     check_name(name)?;
     check_version(version)?;
     for word in [name.as_str(), version.as_str()] {
-        if *os == Os::Windows && !windows_can_hold(word) {
+        if *os == Os::Windows && !is_valid_windows_name(word) {
             return Err(format!("{word:?} cannot be the name of a directory on Windows; choose another"));
         }
     }
@@ -44,13 +44,13 @@ pub fn check_version(version: &Version) -> Result<(), String> {
 }
 
 /// Whether two versions are the same name on a case-insensitive file system.
-pub fn differ_in_case_alone(one: &Version, other: &Version) -> bool {
+pub fn differ_only_in_case(one: &Version, other: &Version) -> bool {
     one != other && one.as_str().eq_ignore_ascii_case(other.as_str())
 }
 
 /// Whether a name without slashes is a valid file name on Windows: no DOS device, no stream of another file, no wildcard, no trailing
 /// characters that Windows drops.
-pub fn windows_can_hold(name: &str) -> bool {
+pub fn is_valid_windows_name(name: &str) -> bool {
     const DEVICES: [&str; 6] = ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"];
     let stem = name.split('.').next().unwrap_or_default().trim_end().to_ascii_uppercase();
     let is_port = ["COM", "LPT"].iter().any(|port| {
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn versions_that_differ_only_in_case_are_recognized() {
-        let differ = |one: &str, other: &str| differ_in_case_alone(&one.parse().unwrap(), &other.parse().unwrap());
+        let differ = |one: &str, other: &str| differ_only_in_case(&one.parse().unwrap(), &other.parse().unwrap());
         assert!(differ("1.0A", "1.0a"));
         assert!(!differ("1.0a", "1.0a") && !differ("1.0a", "1.0b"));
     }

@@ -253,7 +253,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
         bail!("{release} is published already, as {}; give this one another version", other.file);
     }
     let versions = others.iter().map(|other| &other.binding.release.version);
-    if let Some(other) = versions.into_iter().find(|other| names::differ_in_case_alone(other, &release.version)) {
+    if let Some(other) = versions.into_iter().find(|other| names::differ_only_in_case(other, &release.version)) {
         bail!(
             "version {other} of {} is published already, and differs from {} in upper and lower case alone: a Windows host cannot \
              keep both; choose another version",

@@ -244,7 +244,7 @@ fn a_wrong_fleet_file_keeps_the_last_good_one_also_after_a_restart() {
     for (bad, reason) in [
         ("[agents.a]\nverzion = \"1\"\n", "line 2"),
         ("", "no longer names any sub-agent"),
-        ("[agents.a]\nversion = \"1\"\n", "drops 2 of 3"),
+        ("[agents.a]\nversion = \"1\"\n", "removes 2 of 3"),
         ("[agents.a]\nversion = \"1\"\n[agents.b]\nversion = \"2\"\n", "no package of b 2"),
     ] {
         bench.fleet(bad);

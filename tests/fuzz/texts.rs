@@ -55,8 +55,8 @@ pub fn answer(data: &[u8]) {
     let host = AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present: &present, from_fallback: false };
     let verdict = evaluate(&held, &answer, host);
     assert_eq!(verdict, evaluate(&held, &answer, host), "two evaluations of the same answer differ");
-    let AnswerOutcome::Accept(taken) = verdict else { return };
-    let desired = taken.desired;
+    let AnswerOutcome::Accept(accepted) = verdict else { return };
+    let desired = accepted.desired;
     let orders = answer.agents.as_deref().unwrap_or_default();
     if orders.is_empty() {
         assert_eq!(desired.agents, held.agents, "an empty list removes");
@@ -77,7 +77,7 @@ pub fn answer(data: &[u8]) {
     let kept = serde_json::to_vec(&desired).expect("a desired state can be written");
     assert_eq!(serde_json::from_slice::<DesiredState>(&kept).expect("and read"), desired);
     let again = evaluate(&desired, &answer, host);
-    assert!(!matches!(again, AnswerOutcome::Accept(taken) if taken.new_lineage));
+    assert!(!matches!(again, AnswerOutcome::Accept(accepted) if accepted.new_lineage));
 }
 
 pub fn agent_toml(data: &[u8]) {

@@ -61,14 +61,14 @@ fn rejection(held: &DesiredState, answer: &Answer) -> String {
 fn accept(held: &DesiredState, answer: &Answer) -> DesiredState {
     let present = held.agents.keys().cloned().collect();
     match evaluate(held, &present, answer) {
-        AnswerOutcome::Accept(taken) => {
-            let kept = serde_json::to_string(&taken.desired).unwrap();
+        AnswerOutcome::Accept(accepted) => {
+            let kept = serde_json::to_string(&accepted.desired).unwrap();
             assert_eq!(
                 serde_json::from_str::<DesiredState>(&kept).unwrap(),
-                taken.desired,
+                accepted.desired,
                 "the stored state differs from the accepted one"
             );
-            taken.desired
+            accepted.desired
         }
         other => panic!("{other:?}"),
     }
@@ -113,10 +113,10 @@ fn only_a_complete_list_that_is_not_empty_removes_omitted_sub_agents() {
     assert_eq!(names(&after), ["a"]);
     assert!(after.removed.contains(&"b".parse().unwrap()));
     for (complete, kept) in [(true, 2), (false, 0)] {
-        let AnswerOutcome::Accept(taken) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
+        let AnswerOutcome::Accept(accepted) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
             panic!()
         };
-        assert_eq!(taken.kept, kept);
+        assert_eq!(accepted.kept, kept);
     }
     let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
     assert_eq!(evaluate(&held, &BTreeSet::new(), &without_agents), AnswerOutcome::Unchanged);
@@ -125,12 +125,12 @@ fn only_a_complete_list_that_is_not_empty_removes_omitted_sub_agents() {
 #[test]
 fn a_complete_list_also_removes_installed_sub_agents_that_were_never_ordered() {
     let present = BTreeSet::from(["stray".parse().unwrap()]);
-    let AnswerOutcome::Accept(taken) =
+    let AnswerOutcome::Accept(accepted) =
         evaluate(&DesiredState::default(), &present, &answer("l", 1, true, &[("a", "start")]))
     else {
         panic!()
     };
-    assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
+    assert!(accepted.desired.removed.contains(&"stray".parse().unwrap()));
 }
 
 #[test]
@@ -152,10 +152,10 @@ fn a_generation_only_grows_within_its_lineage() {
     assert_eq!(evaluated(answer("l", 5, true, &[("a", "start")])), AnswerOutcome::Unchanged);
     // A list without lineage and generation is accepted too, once.
     let uncounted = Answer { lineage: None, ..answer("", 0, true, &[("a", "start")]) };
-    let taken = accept(&DesiredState::default(), &uncounted);
-    assert_eq!(evaluate(&taken, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
+    let accepted = accept(&DesiredState::default(), &uncounted);
+    assert_eq!(evaluate(&accepted, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
     assert!(
-        matches!(evaluated(answer("m", 1, true, &[("a", "stop")])), AnswerOutcome::Accept(taken) if taken.new_lineage)
+        matches!(evaluated(answer("m", 1, true, &[("a", "stop")])), AnswerOutcome::Accept(accepted) if accepted.new_lineage)
     );
 }
 
@@ -164,13 +164,13 @@ fn a_repeated_list_of_a_fallback_endpoint_changes_nothing() {
     let held = accept(&DesiredState::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
     let present = held.agents.keys().cloned().collect();
     let list = answer("m", 1, true, &[("a", "start")]);
-    let AnswerOutcome::Accept(taken) = evaluate_fallback(&held, &present, &list) else { panic!() };
-    assert_eq!(names(&taken.desired), ["a", "b"]);
-    assert_eq!(evaluate_fallback(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
-    assert_eq!(evaluate(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    let AnswerOutcome::Accept(accepted) = evaluate_fallback(&held, &present, &list) else { panic!() };
+    assert_eq!(names(&accepted.desired), ["a", "b"]);
+    assert_eq!(evaluate_fallback(&accepted.desired, &present, &list), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate(&accepted.desired, &present, &list), AnswerOutcome::Unchanged);
     let next = answer("m", 2, true, &[("a", "start")]);
-    let AnswerOutcome::Accept(taken) = evaluate_fallback(&taken.desired, &present, &next) else { panic!() };
-    assert_eq!(names(&taken.desired), ["a"], "the next list of that endpoint removes what it omits");
+    let AnswerOutcome::Accept(accepted) = evaluate_fallback(&accepted.desired, &present, &next) else { panic!() };
+    assert_eq!(names(&accepted.desired), ["a"], "the next list of that endpoint removes what it omits");
 }
 
 #[test]
@@ -179,15 +179,15 @@ fn a_list_without_generation_can_remove_a_stray_sub_agent() {
     let held = accept(&DesiredState::default(), &uncounted(&[("a", "start")]));
     let present = BTreeSet::from(["a".parse().unwrap(), "stray".parse().unwrap()]);
     let list = uncounted(&[("a", "start"), ("stray", "uninstall")]);
-    let AnswerOutcome::Accept(taken) = evaluate(&held, &present, &list) else { panic!() };
-    assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
-    assert_eq!(evaluate(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    let AnswerOutcome::Accept(accepted) = evaluate(&held, &present, &list) else { panic!() };
+    assert!(accepted.desired.removed.contains(&"stray".parse().unwrap()));
+    assert_eq!(evaluate(&accepted.desired, &present, &list), AnswerOutcome::Unchanged);
 }
 
 #[test]
 fn a_generation_far_ahead_is_rejected_and_a_held_one_is_given_up_for_a_lower_one() {
-    let wanted = [("a", "start")];
-    let held = accept(&DesiredState::default(), &answer("l", 5, true, &wanted));
+    let ordered = [("a", "start")];
+    let held = accept(&DesiredState::default(), &answer("l", 5, true, &ordered));
     for far in [u64::MAX, 1 << 53, NOW * 2] {
         for lineage in ["l", "m"] {
             let why = rejection(&held, &answer(lineage, far, true, &[("a", "stop")]));
@@ -197,14 +197,14 @@ fn a_generation_far_ahead_is_rejected_and_a_held_one_is_given_up_for_a_lower_one
         let absurd = DesiredState { generation: far, ..held.clone() };
         for (lineage, generation) in [("m", 1), ("l", NOW), ("l", 6)] {
             let back = answer(lineage, generation, true, &[("a", "stop")]);
-            let AnswerOutcome::Accept(taken) = evaluate(&absurd, &BTreeSet::new(), &back) else {
+            let AnswerOutcome::Accept(accepted) = evaluate(&absurd, &BTreeSet::new(), &back) else {
                 panic!("{lineage} {generation}")
             };
-            let AcceptedState { desired, new_lineage, moved_back, .. } = *taken;
+            let AcceptedState { desired, new_lineage, moved_back, .. } = *accepted;
             assert_eq!((new_lineage, moved_back, desired.generation), (lineage == "m", lineage == "l", generation));
             assert_eq!(desired.agents[&"a".parse().unwrap()].run, Run::Stop);
         }
-        assert_eq!(evaluate(&absurd, &BTreeSet::new(), &answer("l", far, true, &wanted)), AnswerOutcome::Unchanged);
+        assert_eq!(evaluate(&absurd, &BTreeSet::new(), &answer("l", far, true, &ordered)), AnswerOutcome::Unchanged);
     }
 }
 
@@ -269,8 +269,8 @@ fn first(answer: &mut Answer) -> &mut AgentOrder {
 
 #[test]
 fn an_invalid_order_is_rejected_alone_and_does_not_count_as_omitted() {
-    let wanted = [("a", "start"), ("b", "start")];
-    let held = accept(&DesiredState::default(), &answer("l", 1, true, &wanted));
+    let ordered = [("a", "start"), ("b", "start")];
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &ordered));
     type Change = fn(&mut AgentOrder);
     let changes: [(Change, &str); 7] = [
         (|order| order.package.tarball = Some("t".repeat(2_049)), "a tarball of 2049 bytes: at most 2048"),
@@ -291,15 +291,16 @@ fn an_invalid_order_is_rejected_alone_and_does_not_count_as_omitted() {
         after
     };
     let b = |desired: &DesiredState| desired.agents[&"b".parse().unwrap()].run;
-    let reasons = |desired: &DesiredState| desired.rejected().map(|refusal| refusal.why.clone()).collect::<Vec<_>>();
+    let reasons =
+        |desired: &DesiredState| desired.rejected().map(|rejection| rejection.why.clone()).collect::<Vec<_>>();
     for (change, words) in changes {
         let after = evaluated(&|items| {
             let MessageItem::Read(order) = &mut items[0] else { panic!() };
             change(order);
         });
-        let refusal = after.rejected().next().unwrap();
-        assert_eq!(refusal.name.as_ref().map(AgentName::as_str), Some("a"));
-        assert!(refusal.why.contains(words), "{refusal:?}");
+        let rejection = after.rejected().next().unwrap();
+        assert_eq!(rejection.name.as_ref().map(AgentName::as_str), Some("a"));
+        assert!(rejection.why.contains(words), "{rejection:?}");
         // The sub-agent stays unchanged, and the other order is carried out.
         assert_eq!(after.agents[&"a".parse().unwrap()], held.agents[&"a".parse().unwrap()]);
         assert_eq!(b(&after), Run::Stop);
@@ -308,7 +309,7 @@ fn an_invalid_order_is_rejected_alone_and_does_not_count_as_omitted() {
         MessageItem::Unreadable(Unreadable {
             name: name.map(|name| name.parse().unwrap()),
             why: "no".to_owned(),
-            mark: 1,
+            hash: 1,
         })
     };
     let named = evaluated(&|items| items[0] = unreadable(Some("a")));
@@ -329,7 +330,7 @@ fn an_invalid_order_is_rejected_alone_and_does_not_count_as_omitted() {
     assert_eq!(reasons(&unlike("2")), reasons(&unlike("3")));
     assert!(unlike("2").rejected().ne(unlike("3").rejected()) && unlike("2").rejected().eq(unlike("2").rejected()));
     // The next list with a valid order clears the rejection.
-    assert_eq!(accept(&twice, &answer("l", 3, true, &wanted)).rejected().count(), 0);
+    assert_eq!(accept(&twice, &answer("l", 3, true, &ordered)).rejected().count(), 0);
     let of_others = accept(&twice, &answer("l", 3, false, &[("b", "start")]));
     assert_eq!(of_others.rejected().count(), 1, "a list that does not name it changes nothing");
     assert_eq!(accept(&of_others, &answer("l", 4, false, &[("a", "start")])).rejected().count(), 0);
@@ -344,7 +345,7 @@ fn an_order_that_only_a_later_version_can_read_is_accepted_under_the_same_genera
         MessageItem::Unreadable(Unreadable {
             name: Some("b".parse().unwrap()),
             why: "a later notation".to_owned(),
-            mark: 1,
+            hash: 1,
         }),
     );
     let held = accept(&DesiredState::default(), &list);
@@ -432,13 +433,13 @@ fn a_sub_agent_that_was_never_installed_is_not_recorded_as_removed() {
 #[test]
 fn an_order_with_an_unknown_command_changes_nothing_and_is_reported() {
     let held = accept(&DesiredState::default(), &answer("l", 1, true, &[("a", "start")]));
-    let AnswerOutcome::Accept(taken) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")]))
+    let AnswerOutcome::Accept(accepted) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")]))
     else {
         panic!()
     };
-    assert_eq!(taken.desired.agents, held.agents);
-    let refused: Vec<&RejectedOrder> = taken.desired.rejected().collect();
-    assert!(refused[0].is_unsupported && refused[0].why.contains("cannot dance a"), "{refused:?}");
+    assert_eq!(accepted.desired.agents, held.agents);
+    let rejected: Vec<&RejectedOrder> = accepted.desired.rejected().collect();
+    assert!(rejected[0].is_unsupported && rejected[0].why.contains("cannot dance a"), "{rejected:?}");
 }
 
 /// An answer with any orders for few sub-agents.
@@ -460,8 +461,8 @@ proptest! {
     fn a_sub_agent_is_removed_by_an_order_only(answers in prop::collection::vec(any_answer(), 1..12)) {
         let (mut held, present) = (DesiredState::default(), BTreeSet::new());
         for answer in answers {
-            let AnswerOutcome::Accept(taken) = evaluate(&held, &present, &answer) else { continue };
-            let AcceptedState { desired, new_lineage, .. } = *taken;
+            let AnswerOutcome::Accept(accepted) = evaluate(&held, &present, &answer) else { continue };
+            let AcceptedState { desired, new_lineage, .. } = *accepted;
             let orders = answer.agents.as_deref().unwrap_or_default();
             for gone in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
                 let uninstalls = |item: &MessageItem<AgentOrder>| {
