@@ -165,19 +165,19 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         Ok(normal) => normal,
         Err(wrong) => {
             let error = Cli::command().error(clap::error::ErrorKind::InvalidValue, wrong);
-            return Ok(output::of_parser(&error));
+            return Ok(output::parser_exit(&error));
         }
     };
     let cli = match Cli::command().try_get_matches_from(&normal).and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
-        Err(error) => return Ok(output::of_parser(&error)),
+        Err(error) => return Ok(output::parser_exit(&error)),
     };
     if cli.version {
         return print_version(cli.verbose);
     }
     let Some(command) = cli.command else {
         let error = Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is required");
-        return Ok(output::of_parser(&error));
+        return Ok(output::parser_exit(&error));
     };
     match command {
         Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => {

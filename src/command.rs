@@ -1,4 +1,4 @@
-//! Runs a program of the host, or one of ours, to its end: with a deadline, and with no more of its output than a person would read.
+//! Runs a program of the host, or of this installation, to its exit: with a timeout, and a limit for its output.
 
 use std::io::{self, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -9,19 +9,19 @@ use anyhow::{Context, Result, bail};
 
 use crate::platform;
 
-/// Of each of the two streams; the rest is read and dropped, so that the program does not block.
+/// Limit for each of the two output streams, bytes; the rest is read and discarded, so that the program does not block.
 const MAX_OUTPUT_BYTES: usize = 64 << 10;
 
-/// Between two looks at a running program.
-const LOOK: Duration = Duration::from_millis(10);
+/// Interval between two polls of a running program, and between two attempts to start a busy one.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long the output of a program that has ended may take: what it left running may hold the pipe open for ever.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// Time to wait for the output of a program that has exited: a process that it left running may keep the pipe open forever.
+const OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long an executable just written may be busy: a child that another thread forked meanwhile holds it open until it execs.
+/// Time for which a newly written executable may be busy: a child that another thread forked meanwhile keeps it open until its exec.
 pub const BUSY: Duration = Duration::from_secs(2);
 
-/// A program that has ended.
+/// A program that has exited.
 #[derive(Debug)]
 pub struct Finished {
     pub status: ExitStatus,
@@ -30,21 +30,21 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// Fails unless the program succeeded, with what it said last.
+    /// Fails unless the program succeeded; the error contains its last lines.
     pub fn success(self) -> Result<Finished> {
         if self.status.success() {
             return Ok(self);
         }
-        let said = if self.stderr.trim().is_empty() { &self.stdout } else { &self.stderr };
-        let said: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        match said.as_slice() {
+        let output = if self.stderr.trim().is_empty() { &self.stdout } else { &self.stderr };
+        let lines: Vec<&str> = output.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        match lines.as_slice() {
             [] => bail!("{}", self.status),
             lines => bail!("{}: {}", self.status, lines[lines.len().saturating_sub(5)..].join("; ")),
         }
     }
 }
 
-/// Runs `command` until it ends, and kills it at the deadline.
+/// Runs `command` until it exits, and kills it at the deadline.
 pub fn run(command: &mut Command, deadline: Duration) -> Result<Finished> {
     let shown = command.get_program().display().to_string();
     attempt(command, deadline).with_context(|| format!("cannot run {shown}"))
@@ -63,12 +63,12 @@ fn attempt(command: &mut Command, deadline: Duration) -> Result<Finished> {
         if started.elapsed() >= deadline {
             let _ = child.kill();
             let _ = child.wait();
-            bail!("it has not ended within {} seconds", deadline.as_secs());
+            bail!("it did not exit within {} seconds and was killed", deadline.as_secs());
         }
-        platform::pause(LOOK);
+        platform::pause(POLL_INTERVAL);
     };
     let text = |stream: Receiver<Vec<u8>>| {
-        let until = Instant::now() + LAST_WORDS;
+        let until = Instant::now() + OUTPUT_TIMEOUT;
         let mut bytes = Vec::new();
         while let Ok(more) = stream.recv_timeout(until.saturating_duration_since(Instant::now())) {
             bytes.extend(more);
@@ -88,7 +88,7 @@ fn spawn(command: &mut Command) -> Result<Child> {
     }
 }
 
-/// How a start is retried that fails because its program is still open for writing.
+/// Retries a start that fails because the program is still open for writing (`ETXTBSY`).
 #[derive(Debug)]
 pub struct Busy {
     since: Instant,
@@ -96,14 +96,14 @@ pub struct Busy {
 }
 
 impl Busy {
-    /// From now on, for at most `limit`.
+    /// Retries for at most `limit` from now on.
     pub fn within(limit: Duration) -> Busy {
         Busy { since: Instant::now(), limit }
     }
 
-    /// How long to wait before the next try; `None` for any other error, and when the time is up.
+    /// The delay before the next attempt; `None` for any other error, and after the limit.
     pub fn pause(&self, error: &io::Error) -> Option<Duration> {
-        (platform::is_busy_text(error) && self.since.elapsed() < self.limit).then_some(LOOK)
+        (platform::is_busy_text(error) && self.since.elapsed() < self.limit).then_some(POLL_INTERVAL)
     }
 }
 
@@ -121,7 +121,7 @@ where
     }
 }
 
-/// What `stream` says, in pieces, up to the limit; the sender is gone at its end.
+/// Reads `stream` in a thread and sends its content in pieces, up to the limit; the channel closes at the end of the stream.
 fn collect(stream: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {

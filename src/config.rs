@@ -1,8 +1,8 @@
 //! The operator's settings: `etc/conf.toml`.
 //!
-//! A key that nobody knows is told by name and line: `install` and `reload` fail on it, a start only warns, because the version rolled
-//! back to must start. A file that cannot be read at all costs nothing at a start: the last good copy, `state/conf.good.toml`, is used
-//! and the reason reported. Every error names the line, the key, and what is expected there.
+//! An unknown key is reported by name and line. `install` fails on it; a start and a hot reload only warn, because the previous release
+//! must be able to start after a roll back. If the file is invalid, the last good copy, `state/conf.good.toml`, is used and the reason is
+//! reported. Every error names the line, the key, and the expected value.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -19,18 +19,18 @@ use crate::{platform, store};
 mod edit;
 pub mod import;
 mod keys;
-pub mod moved;
+pub mod new_endpoint;
 
 pub use edit::{edit, render};
 pub use keys::wrong_line;
 
-/// A settings file is refused beyond this; the template with all its comments has 2 KiB.
+/// Limit for a settings file, bytes; the template with all its comments has 2 KiB.
 const MAX_BYTES: u64 = 256 << 10;
 
-/// How old a file's last change is when nobody is taken to be still writing it.
-const SETTLED: Duration = Duration::from_secs(1);
+/// A file whose last change is older than this counts as completely written.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
 
-/// What an operator can set, with the defaults where nothing is set.
+/// The settings, with defaults for absent keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// The endpoints, tried in order. Never empty in a parsed file.
@@ -40,47 +40,47 @@ pub struct Config {
     pub spm_max_mem: Size,
     /// Resident memory of the watchdog above which the manager restarts it.
     pub spa_max_mem: Size,
-    /// The time that the download of one package may take, all its tries together.
+    /// Timeout of the download of one package, all attempts together.
     pub download_timeout: Span,
-    /// For so long nothing may come of a download.
+    /// A download fails if it receives no data for this time.
     pub download_stall: Span,
-    /// What all downloads together may bring in a second; `None`: as much as they can.
+    /// Limit for all downloads together, bytes per second; `None`: unlimited.
     pub download_rate: Option<Size>,
     pub proxy: ProxyChoice,
-    /// What is reached without a proxy; `None`: what the environment lists.
+    /// Hosts that are reached without a proxy; `None`: those of the environment.
     pub no_proxy: Option<Vec<Exception>>,
     pub certificate: CertificateCheck,
-    /// The product named by the operator; `None`: found by its markers.
+    /// The product set by the operator; `None`: detected by its markers.
     pub product: Option<String>,
     /// The size at which a log file is rotated.
     pub log_max_size: Size,
-    /// A new release of the manager lives for so long before it is committed.
+    /// Time that a new release of the manager must run before it is committed.
     pub upgrade_trial: Span,
 }
 
-/// How the gateway's certificate is checked; the file has a key for each, of which at most one may be there.
+/// How the gateway's certificate is verified. Each way has a key of its own, and at most one may be set.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum CertificateCheck {
     /// By the system's roots.
     #[default]
     System,
-    /// `caCert`: by the roots in this file, relative to the home.
+    /// `caCert`: by the roots in this file, whose path is relative to the home.
     Authority(PathBuf),
-    /// `pin`: by being one of these.
+    /// `pin`: by these fingerprints.
     Pinned(Vec<Fingerprint>),
-    /// `pinFirstContact`: by being the one seen first.
+    /// `pinFirstContact`: by the certificate of the first connection.
     FirstContact,
     /// `insecure`: not at all.
     Unchecked,
 }
 
-/// Through which proxy the gateway and other hosts are reached.
+/// The proxy for the gateway and other hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum ProxyChoice {
-    /// As the environment says.
+    /// The proxy of the environment variables.
     #[default]
     Environment,
-    /// `none`: through no proxy, whatever the environment says.
+    /// `none`: no proxy, whatever the environment variables are.
     None,
     Proxy(ProxyUrl),
 }
@@ -117,61 +117,61 @@ impl fmt::Display for UnknownKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "line {}: unknown key {:?}", self.line, self.key)?;
         match keys::similar(&self.key) {
-            Some(known) => write!(f, " (is {known} meant?)"),
+            Some(known) => write!(f, " (did you mean {known}?)"),
             None => Ok(()),
         }
     }
 }
 
-/// What a settings file says.
+/// A parsed settings file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParsedSettings {
     pub config: Config,
     pub unknown: Vec<UnknownKey>,
 }
 
-/// What holds at a start.
+/// The settings in force at a start.
 #[derive(Debug)]
 pub struct LoadedSettings {
     pub config: Config,
-    /// To be warned of.
+    /// Unknown keys, to warn about.
     pub unknown: Vec<UnknownKey>,
-    /// Why `etc/conf.toml` could not be used, where it could not: `config` is then the last good copy.
+    /// Why `etc/conf.toml` cannot be used; `config` is the last good copy then.
     pub problem: Option<anyhow::Error>,
 }
 
 impl Config {
-    /// Reads the text of a settings file.
+    /// Parses the text of a settings file.
     pub fn parse(text: &str) -> Result<ParsedSettings> {
         keys::parse(text)
     }
 
-    /// Reads `etc/conf.toml` as `install` and `reload` do: an unknown key is an error too. `None` where there is no file.
+    /// Reads `etc/conf.toml` for `install`: an unknown key is an error too. `None`: the file does not exist.
     pub fn read_strictly(home: &Home) -> Result<Option<Config>> {
         let path = home.config();
         let Some(text) = read_text(&path)? else { return Ok(None) };
-        let advice = || format!("cannot use the settings in {}", path.display());
-        let parsed = Config::parse(&text).with_context(advice)?;
+        let context = || format!("cannot use the settings in {}", path.display());
+        let parsed = Config::parse(&text).with_context(context)?;
         if !parsed.unknown.is_empty() {
             let listed: Vec<String> = parsed.unknown.iter().map(UnknownKey::to_string).collect();
-            return Err(anyhow::anyhow!("{}", listed.join("; "))).with_context(advice);
+            return Err(anyhow::anyhow!("{}", listed.join("; "))).with_context(context);
         }
         Ok(Some(parsed.config))
     }
 
-    /// The settings for a start. Fails only where neither the file nor the last good copy can be used.
+    /// The settings for a start. Fails only if neither the file nor the last good copy can be used.
     pub fn load(home: &Home) -> Result<LoadedSettings> {
         let last_good = home.last_good_config();
-        match read_settled(&home.config()) {
+        match read_when_settled(&home.config()) {
             Ok((text, ParsedSettings { config, unknown })) => {
-                // A copy that cannot be kept is no reason not to start.
-                let problem = remember(&last_good, &text).err();
+                // A copy that cannot be saved does not prevent a start.
+                let problem = save_last_good(&last_good, &text).err();
                 if let Some(error) = problem {
-                    tracing::warn!(error = format!("{error:#}"), "the last good settings could not be kept");
+                    tracing::warn!(error = format!("{error:#}"), "cannot save the copy of the last good settings");
                 }
                 Ok(LoadedSettings { config, unknown, problem: None })
             }
-            Err(problem) => match last_good_of(&last_good) {
+            Err(problem) => match load_last_good(&last_good) {
                 Some((_, ParsedSettings { config, unknown })) => {
                     Ok(LoadedSettings { config, unknown, problem: Some(problem) })
                 }
@@ -180,17 +180,17 @@ impl Config {
         }
     }
 
-    /// Keeps `text` as the last good settings, so that the next start need not wait whether somebody is still writing them.
+    /// Saves `text` as the last good settings, so that the next start need not wait until the file is completely written.
     pub fn remember_good(home: &Home, text: &str) -> Result<()> {
-        remember(&home.last_good_config(), text)
+        save_last_good(&home.last_good_config(), text)
     }
 
-    /// The last good settings, and their text, where there is a copy that can be used.
+    /// The last good settings and their text, if there is a valid copy.
     pub fn last_good(home: &Home) -> Option<(String, Config)> {
-        last_good_of(&home.last_good_config()).map(|(text, parsed)| (text, parsed.config))
+        load_last_good(&home.last_good_config()).map(|(text, parsed)| (text, parsed.config))
     }
 
-    /// The file of certificates that the settings name.
+    /// The path of the `caCert` file, if it is set.
     pub fn certificates(&self, home: &Home) -> Option<PathBuf> {
         match &self.certificate {
             CertificateCheck::Authority(path) => Some(home.root().join(path)),
@@ -198,7 +198,7 @@ impl Config {
         }
     }
 
-    /// How the gateway's certificate is checked, with the paths of this home.
+    /// How the gateway's certificate is verified, with the paths of this home.
     pub fn trust(&self, home: &Home) -> Trust {
         match &self.certificate {
             CertificateCheck::System => Trust::System,
@@ -211,7 +211,7 @@ impl Config {
 }
 
 impl Config {
-    /// Which proxies are used; `variable` is the environment's.
+    /// The proxies to use; `variable` reads an environment variable.
     pub fn proxies(&self, variable: impl Fn(&str) -> Option<String>) -> Proxies {
         let proxies = match &self.proxy {
             ProxyChoice::Environment => Proxies::from_environment(variable),
@@ -227,17 +227,17 @@ impl Config {
         }
     }
 
-    /// A client for one of the ways out of this host, which all go by the same trust and the same proxies.
+    /// A client for connections out of this host; all use the same proxies.
     pub fn client(&self, trust: &Trust, agent_id: &AgentId, timeouts: Timeouts) -> Result<Client> {
         Client::with_proxies(&self.proxies(|name| std::env::var(name).ok()), trust, Some(agent_id), timeouts)
     }
 
-    /// How long is waited for what in a download.
+    /// The timeouts of a download.
     pub fn download_timeouts(&self) -> Timeouts {
         Timeouts::download(self.download_stall.0)
     }
 
-    /// Who may read the settings file: nobody else where there is a password in it.
+    /// The access to the settings file: for its owner only if it contains a password.
     pub fn access(&self) -> store::Access {
         match &self.proxy {
             ProxyChoice::Proxy(proxy) if proxy.has_secret() => store::Access::Private,
@@ -246,20 +246,20 @@ impl Config {
     }
 }
 
-fn last_good_of(path: &Path) -> Option<(String, ParsedSettings)> {
+fn load_last_good(path: &Path) -> Option<(String, ParsedSettings)> {
     let text = read_text(path).ok().flatten()?;
     let parsed = Config::parse(&text).ok()?;
     Some((text, parsed))
 }
 
-fn remember(last_good: &Path, text: &str) -> Result<()> {
+fn save_last_good(last_good: &Path, text: &str) -> Result<()> {
     if store::read(last_good, MAX_BYTES).ok().flatten().as_deref() == Some(text.as_bytes()) {
         return Ok(());
     }
     store::replace(last_good, text.as_bytes(), store::Access::Private)
 }
 
-/// The whole text of `etc/conf.toml`; `None` where there is no file.
+/// The text of `etc/conf.toml`; `None`: the file does not exist.
 pub fn text(home: &Home) -> Result<Option<String>> {
     read_text(&home.config())
 }
@@ -270,15 +270,15 @@ fn read_text(path: &Path) -> Result<Option<String>> {
     Ok(Some(text))
 }
 
-/// Reads a file that people edit in place: one that was changed a moment ago is read again until it stays as it is.
-fn read_settled(path: &Path) -> Result<(String, ParsedSettings)> {
-    let read = || read_text(path)?.with_context(|| format!("cannot read {}: there is no such file", path.display()));
+/// Reads a file that operators edit in place. If it was changed a moment ago, it is read again until it no longer changes.
+fn read_when_settled(path: &Path) -> Result<(String, ParsedSettings)> {
+    let read = || read_text(path)?.with_context(|| format!("cannot read {}: no such file", path.display()));
     let mut text = read()?;
     for _ in 0..10 {
-        if !changed_just_now(path) {
+        if !changed_recently(path) {
             break;
         }
-        platform::pause(SETTLED / 4);
+        platform::pause(SETTLE_TIME / 4);
         let again = read()?;
         if again == text && Config::parse(&text).is_ok() {
             break;
@@ -289,10 +289,10 @@ fn read_settled(path: &Path) -> Result<(String, ParsedSettings)> {
     Ok((text, parsed))
 }
 
-fn changed_just_now(path: &Path) -> bool {
+fn changed_recently(path: &Path) -> bool {
     let changed = std::fs::metadata(path).and_then(|metadata| metadata.modified());
-    // A time in the future says nothing about writers.
-    changed.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age < SETTLED))
+    // A time in the future, after a change of the clock, does not count as recent.
+    changed.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age < SETTLE_TIME))
 }
 
 #[cfg(test)]

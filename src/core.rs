@@ -1,6 +1,6 @@
-//! Decisions and the words they are made of: pure functions from values to values.
+//! Decisions, and the types that they use: pure functions from values to values.
 //!
-//! Nothing here reads a clock, a file or the environment. It imports `std`, `serde`, `schemars`, `semver` and its own files only,
+//! Nothing here reads a clock, a file or the environment. The modules import `std`, `serde`, `schemars`, `semver` and each other only,
 //! which `cargo xtask tidy` checks.
 
 pub mod agent;

@@ -1,19 +1,19 @@
-//! What lies where in an installation: every path of a host comes from here, from one root that is a parameter.
+//! The layout of an installation: every path of a host is defined here, below one root that is a parameter.
 //!
 //! ```text
-//! <home>/bin/aops                    the one executable, replaced whole, by rename
-//!        bin/aops.prev               the one before
+//! <home>/bin/aops                    the one executable, replaced by rename
+//!        bin/aops.prev               the previous one
 //!        bin/aops-spm, aops-spa, aops-agent-service -> aops        control -> bin/aops
 //!        etc/conf.toml               the operator's settings
-//!        etc/agent-id                the identity given at install
-//!        etc/keys/*.pub              trusted minisign public keys; those that packages brought are in state/keys.json
+//!        etc/agent-id                the id given to the host at install
+//!        etc/keys/*.pub              trusted minisign public keys; those from packages are in state/keys.json
 //!        agents/<name>/<version>/    an unpacked release; `.complete` is written last and removed first
 //!        agents/<name>/current       names the active version
 //!        staging/  state/  cache/  run/  log/
-//!        .install/                   what an installation needs while it runs
+//!        .install/                   temporary files of a running installation
 //! ```
 //!
-//! A file has one method here; its name is written nowhere else.
+//! Each file has one method here, and its name is not repeated anywhere else.
 
 use std::path::{Path, PathBuf};
 
@@ -25,16 +25,16 @@ use crate::core::role::Role;
 use crate::core::text::hex;
 use crate::platform;
 
-/// The file inside a release directory that says that it is whole.
+/// The file in the directory of a release that marks it as complete.
 pub const COMPLETE: &str = ".complete";
 
-/// The gateway's certificates as `install` keeps them, relative to the home, as the settings name them.
+/// The `caCert` file that `install` creates, relative to the home.
 pub const CA_FILE: &str = "etc/ca.pem";
 
-/// The unit of no role: in its cgroup the sub-agents live.
+/// The unit whose cgroup contains the sub-agents.
 pub const AGENTS: &str = "aops-agents";
 
-/// Where an installation stands unless another place is given.
+/// The default home.
 pub fn default_root() -> PathBuf {
     platform::default_home()
 }
@@ -46,43 +46,43 @@ pub struct Home {
 }
 
 impl Home {
-    /// The home that `root` leads to, over links or not, whatever the spelling: it is one home, with one path.
+    /// The home at `root`. Links and different spellings of a path lead to the same home.
     pub fn new(root: impl Into<PathBuf>) -> Home {
         Home { root: platform::identity(&root.into()) }
     }
 
-    /// Its one path, without links.
+    /// Its canonical path, without links.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The path by which others know it: programs that are started for it, units, and operators. That of the default home is the same on
-    /// every host, also where a link leads there.
+    /// The path that is passed to programs and units, and shown to operators. For the default home it is the same on every host, even if it
+    /// leads through a link.
     pub fn known_as(&self) -> PathBuf {
         if self.is_default() { default_root() } else { self.root.clone() }
     }
 
-    /// A path of the home, as others know it.
+    /// A path inside the home, below [`Home::known_as`].
     pub fn as_known(&self, path: &Path) -> PathBuf {
         path.strip_prefix(&self.root).map_or_else(|_| path.to_owned(), |below| self.known_as().join(below))
     }
 
-    /// Whether it stands where an installation stands by default.
+    /// Whether it is the default home.
     pub fn is_default(&self) -> bool {
         self.is_at(&default_root())
     }
 
-    /// Whether a path leads to it.
+    /// Whether a path leads to this home.
     pub fn is_at(&self, path: &Path) -> bool {
         platform::identity(path) == self.root || platform::is_same_directory(path, &self.root)
     }
 
-    /// The name of a role's unit: that of the program in the default home, with 8 hexadecimal digits of the home's path in any other.
+    /// The name of a role's unit: that of the program, followed by 8 hexadecimal digits from the home's path unless it is the default home.
     pub fn unit(&self, role: Role) -> String {
         self.unit_named(role.program())
     }
 
-    /// The name of the unit in whose cgroup the sub-agents live: neither role's end touches them there.
+    /// The name of the unit whose cgroup contains the sub-agents, so that they survive the stop of a role.
     pub fn agents_unit(&self) -> String {
         self.unit_named(AGENTS)
     }
@@ -105,27 +105,27 @@ impl Home {
         self.bin().join(format!("aops{}", std::env::consts::EXE_SUFFIX))
     }
 
-    /// The executable before the last upgrade, and the one that runs the watchdog during one.
+    /// The executable before the last upgrade; during an upgrade it runs the watchdog.
     pub fn backup_executable(&self) -> PathBuf {
         self.bin().join(format!("aops.prev{}", std::env::consts::EXE_SUFFIX))
     }
 
-    /// An executable of the manager that is about to be put in place, beside it.
+    /// A new executable before it replaces [`Home::executable`].
     pub fn next_executable(&self) -> PathBuf {
         self.bin().join(format!(".aops.next{}", std::env::consts::EXE_SUFFIX))
     }
 
-    /// A name in `bin` by which the executable takes a role, such as `aops-spm`.
+    /// A link in `bin` whose name selects a role, such as `aops-spm`.
     pub fn role_link(&self, role: &str) -> PathBuf {
         self.bin().join(format!("{role}{}", std::env::consts::EXE_SUFFIX))
     }
 
-    /// `<home>/control`, where operators of the old system look for it.
+    /// `<home>/control`, the path that operators know from the old system.
     pub fn control_link(&self) -> PathBuf {
         self.root.join(format!("control{}", std::env::consts::EXE_SUFFIX))
     }
 
-    /// The script of the old system; it has the same name on every system.
+    /// The control script of the old system; the same name on every operating system.
     pub fn old_control(&self) -> PathBuf {
         self.root.join("control")
     }
@@ -168,7 +168,7 @@ impl Home {
         self.agent(name).join(CURRENT)
     }
 
-    /// What is being unpacked; swept at start.
+    /// Releases that are being unpacked; emptied at start.
     pub fn staging(&self) -> PathBuf {
         self.root.join("staging")
     }
@@ -197,12 +197,12 @@ impl Home {
         self.state_file("events.json")
     }
 
-    /// What came of each change of release.
+    /// The result of each change of release.
     pub fn history(&self) -> PathBuf {
         self.state_file("history.json")
     }
 
-    /// The intent of a stop; absent: the home is to run.
+    /// Records that the home was stopped on purpose; absent: it should run.
     pub fn stop_intent(&self) -> PathBuf {
         self.state_file("stopped.json")
     }
@@ -212,7 +212,7 @@ impl Home {
         self.state_file("epochs.json")
     }
 
-    /// The keys that packages brought and revoked.
+    /// The keys that packages added and revoked.
     pub fn keyring(&self) -> PathBuf {
         self.state_file("keys.json")
     }
@@ -222,42 +222,42 @@ impl Home {
         self.state_file("pins.json")
     }
 
-    /// The public keys of gateways whose certificates the settings pin, as they were learned and announced.
+    /// The public keys of pinned gateway certificates, learned from connections and announcements.
     pub fn gateway_keys(&self) -> PathBuf {
         self.state_file("gateway-keys.json")
     }
 
-    /// How the home is tied into the host.
+    /// How the home is installed: its service manager, its units and its links.
     pub fn install_record(&self) -> PathBuf {
         self.state_file("install.json")
     }
 
-    /// The release of the manager that is in place.
+    /// The installed release of the manager.
     pub fn manager_record(&self) -> PathBuf {
         self.state_file("manager.json")
     }
 
-    /// The manager's upgrade of itself.
+    /// The state of a self-upgrade of the manager.
     pub fn upgrade_record(&self) -> PathBuf {
         self.state_file("upgrade.json")
     }
 
-    /// The certificates of a gateway that a release on trial brings.
+    /// The certificates of the gateway that a release on trial adds.
     pub fn endpoint_ca_file(&self) -> PathBuf {
         self.state_file("endpoint-ca.pem")
     }
 
-    /// Space that is given up when the disk is full in the middle of the manager's upgrade.
+    /// Reserved space, released if the disk is full during a self-upgrade.
     pub fn upgrade_reserve(&self) -> PathBuf {
         self.state_file("upgrade.reserve")
     }
 
-    /// The id of this machine, as opposed to a clone of it.
+    /// The id of this machine, which a clone does not share.
     pub fn instance(&self) -> PathBuf {
         self.state_file("instance.json")
     }
 
-    /// The copy of the last settings that were good.
+    /// The copy of the last valid settings.
     pub fn last_good_config(&self) -> PathBuf {
         self.state_file("conf.good.toml")
     }
@@ -280,32 +280,32 @@ impl Home {
         self.run_file(&format!("{role}.lock"))
     }
 
-    /// The process that has a role, or had it last.
+    /// The record of the process that has a role, or had it last.
     pub fn role_record(&self, role: &str) -> PathBuf {
         self.run_file(&format!("{role}.json"))
     }
 
-    /// Held by an installation or its removal.
+    /// Held during an installation or removal.
     pub fn install_lock(&self) -> PathBuf {
         self.run_file("install.lock")
     }
 
-    /// Held while one step of the manager's upgrade of itself is decided and carried out.
+    /// Held while one step of a self-upgrade is decided and carried out.
     pub fn upgrade_lock(&self) -> PathBuf {
         self.run_file("upgrade.lock")
     }
 
-    /// Held while the trust of the host is changed: its epochs and its keyring.
+    /// Held while the epochs or the keyring of the host are changed.
     pub fn trust_lock(&self) -> PathBuf {
         self.run_file("trust.lock")
     }
 
-    /// The local door of the manager.
+    /// The control socket of the manager.
     pub fn control_socket(&self) -> PathBuf {
         self.run_file("spm.sock")
     }
 
-    /// Where the record of a sub-agent's process lies.
+    /// The record of a sub-agent's process.
     pub fn process_record(&self, name: &AgentName) -> PathBuf {
         self.process_records().join(format!("{name}.json"))
     }
@@ -323,7 +323,7 @@ impl Home {
         self.log().join(format!("{role}.log"))
     }
 
-    /// What a sub-agent prints.
+    /// The output of a sub-agent.
     pub fn agent_log(&self, name: &AgentName) -> PathBuf {
         self.agent_logs().join(format!("{name}.log"))
     }
@@ -332,28 +332,29 @@ impl Home {
         self.log().join("agents")
     }
 
-    /// What an installation needs while it runs, on the home's own file system; absent otherwise.
+    /// Temporary files of a running installation, on the file system of the home; absent otherwise.
     pub fn install_work(&self) -> PathBuf {
         self.root.join(".install")
     }
 
-    /// What an installation made, and was about to make, where nothing stood. While it is there, what lies in the home is ours.
+    /// The paths that a running installation has created, or is about to create, in a new home. While it exists, the files in the home are
+    /// ours.
     pub fn install_made(&self) -> PathBuf {
         self.install_work().join("made.json")
     }
 
-    /// Whether what lies at a path of the home belongs to an installation; whatever else lies there is somebody else's.
+    /// Whether a path in the home belongs to the installation. Other files there must not be touched.
     pub fn owns(&self, path: &Path) -> bool {
         let Ok(below) = path.strip_prefix(&self.root) else { return false };
         let Some(first) = below.components().next() else { return false };
         let first = Path::new(first.as_os_str());
         let ours = self.directories().into_iter().map(|(directory, _)| directory);
         let mut ours = ours.chain([self.install_work(), self.control_link()]);
-        let is_on_its_way = first.to_str().is_some_and(|name| name.starts_with(platform::TEMPORARY_PREFIX));
-        is_on_its_way || ours.any(|path| path == self.root.join(first))
+        let is_temporary = first.to_str().is_some_and(|name| name.starts_with(platform::TEMPORARY_PREFIX));
+        is_temporary || ours.any(|path| path == self.root.join(first))
     }
 
-    /// Every directory of an installation, parents first, with the Unix mode that each is to have.
+    /// Every directory of an installation, parents first, with its Unix mode.
     pub fn directories(&self) -> Vec<(PathBuf, u32)> {
         vec![
             (self.root.clone(), 0o755),
@@ -366,7 +367,7 @@ impl Home {
             (self.cache(), 0o700),
             (self.run(), 0o700),
             (self.process_records(), 0o700),
-            // What a sub-agent prints may be anything that it was told.
+            // The output of a sub-agent may contain secrets.
             (self.log(), 0o700),
             (self.agent_logs(), 0o700),
         ]
@@ -378,7 +379,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_home_is_one_whatever_its_path_is_spelled_like() {
+    fn different_spellings_of_a_path_are_one_home() {
         let directory = tempfile::tempdir().unwrap();
         let at = |path: &str| directory.path().join(path);
         std::fs::create_dir_all(at("data/aops")).unwrap();
@@ -392,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_installation_did_not_make_is_not_its_own() {
+    fn files_of_others_in_the_home_are_not_owned() {
         let home = Home::new("/srv/a");
         for ours in ["bin", "etc/conf.toml", "state", "run/spm.sock", ".install", ".new-1-2"] {
             assert!(home.owns(&home.root().join(ours)), "{ours}");

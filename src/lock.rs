@@ -1,8 +1,8 @@
-//! Locks in `run/`, held for a process's life: at most one manager, one watchdog, one installation at a time in a home.
+//! Locks in `run/`, held for the life of a process: at most one manager, one watchdog and one installation per home.
 //!
-//! A lock excludes and says nothing else: who watches its holder uses the control connection. The system frees it at the holder's death,
-//! sometimes a moment later, so it is taken with a deadline. The file is never removed while somebody may hold it; as somebody may
-//! remove it all the same, the file that was locked is compared with the one that has the name now.
+//! A lock only excludes; to watch its holder, use the control connection. The system frees it when the holder dies, sometimes a moment
+//! later, so it is acquired with a timeout. The file is not removed while it may be locked. In case it was removed anyway, the locked file
+//! is compared with the file that has the name now.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -14,23 +14,23 @@ use fd_lock::RwLock;
 
 use crate::platform;
 
-/// Between two tries at a lock that somebody else holds: who is dying frees it soon, who looks whether it is held holds it for an instant.
+/// Delays between two attempts: a dying holder frees the lock soon, and [`is_held`] holds it for an instant.
 const FIRST_RETRY: Duration = Duration::from_millis(1);
 const LAST_RETRY: Duration = Duration::from_millis(20);
 
-/// A lock that is held until this is dropped or the process ends.
+/// A lock that is held until this is dropped or the process exits.
 #[derive(Debug)]
 pub struct LockGuard {
     _lock: RwLock<File>,
 }
 
-/// Takes the lock at `path`, trying until `deadline` has passed; `None`: somebody else still holds it. On a read-only disk that fails, before
-/// anything is done under the lock that a disk is needed for.
+/// Acquires the lock at `path` within the timeout `deadline`; `None`: another process still holds it. Fails on a read-only disk, because
+/// the work under the lock needs to write.
 pub fn take(path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
     take_by(open_to_write, path, deadline)
 }
 
-/// As [`take`], for what can do without a disk that can be written. The file must be there from before then.
+/// Like [`take`], for work that does not need a writable disk. On a read-only disk the file must exist already.
 pub fn take_on_any_disk(path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
     take_by(open_to_lock, path, deadline)
 }
@@ -39,7 +39,7 @@ fn open_to_write(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
 }
 
-/// A file locks no less when it can only be read.
+/// A file that is opened for reading only can be locked too.
 fn open_to_lock(path: &Path) -> io::Result<File> {
     match open_to_write(path) {
         Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => File::open(path).map_err(|_| error),
@@ -63,9 +63,9 @@ fn take_by(open: impl Fn(&Path) -> io::Result<File>, path: &Path, deadline: Dura
 fn attempt(open: impl Fn(&Path) -> io::Result<File>, path: &Path) -> Result<Option<LockGuard>> {
     let mut lock = RwLock::new(open(path)?);
     match lock.try_write() {
-        // Somebody removed the file and made it again between our opening and our locking: ours locks nothing.
+        // The file was removed and created again between our open and our lock: we locked the old one.
         Ok(guard) if !platform::is_same_file(&guard, path)? => return Ok(None),
-        // The lock belongs to the open file, which `Held` keeps; the guard would only free it early.
+        // The lock belongs to the open file, which `LockGuard` keeps; dropping the guard would free it.
         Ok(guard) => std::mem::forget(guard),
         Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
         Err(error) => return Err(error.into()),
@@ -73,7 +73,7 @@ fn attempt(open: impl Fn(&Path) -> io::Result<File>, path: &Path) -> Result<Opti
     Ok(Some(LockGuard { _lock: lock }))
 }
 
-/// Whether somebody holds the lock at `path` now. For display and for deciding whom to wait for, never for exclusion.
+/// Whether any process holds the lock at `path` now. For display and to decide whether to wait, never for exclusion.
 pub fn is_held(path: &Path) -> bool {
     let Ok(file) = File::open(path) else { return false };
     matches!(RwLock::new(file).try_write(), Err(error) if error.kind() == ErrorKind::WouldBlock)
@@ -86,7 +86,7 @@ mod tests {
 
     const HOLDER: &str = "lock::tests::a_holder";
 
-    /// Takes the lock, and stays.
+    /// Acquires the lock and keeps running.
     #[test]
     fn a_holder() {
         let Some(path) = testing::part(HOLDER) else { return };
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_of_another_process_excludes_us_until_its_death() {
+    fn a_lock_of_another_process_excludes_this_one_until_that_process_dies() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.lock");
         let mut holder = OtherProcess::start(HOLDER, &path);

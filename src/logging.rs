@@ -1,6 +1,7 @@
-//! The logs of the roles: one line an event, a constant sentence and fields, in a file that is capped, with one older piece beside it.
+//! The logs of the roles: one line per event, a constant sentence and fields, in a file that is rotated at a size limit; one older file is
+//! kept.
 //!
-//! While the file cannot be opened, as on a read-only disk, the lines go to the standard error output, which is the service manager's.
+//! While the file cannot be opened, as on a read-only disk, lines go to the standard error output, which the service manager collects.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -11,27 +12,27 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
 
-/// A role says little; so much is months of it.
+/// Size limit of a log file, bytes: months of a role's log.
 const CAP_BYTES: u64 = 8 << 20;
 
-/// Sends everything that is logged to the file at `path`, and what a panic says too.
+/// Sends all log lines, and panics, to the file at `path`.
 pub fn to_file(path: &Path) {
     let writer = SharedFile(Arc::new(Mutex::new(CappedFile::new(path))));
-    // It would tell on the standard error output what it cannot write, and end the program where that fails too.
+    // Internal errors would be printed to the standard error output, and a failure of that would panic.
     let format = tracing_subscriber::fmt().log_internal_errors(false).with_writer(writer);
     format.with_ansi(false).with_target(false).with_timer(Utc).init();
     std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(place, message = panic.payload_as_str().unwrap_or("?"), "the program panicked");
+        let location = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(location, message = panic.payload_as_str().unwrap_or("?"), "the program panicked");
     }));
 }
 
-/// Sends everything that is logged to the standard error output.
+/// Sends all log lines to the standard error output.
 #[cfg(feature = "gateway")]
 pub fn to_stderr() {
     let colours =
         io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    // As for the file.
+    // See `to_file`.
     let format = tracing_subscriber::fmt().log_internal_errors(false).with_writer(io::stderr);
     format.with_ansi(colours).with_target(false).with_timer(Utc).init();
 }
@@ -68,11 +69,11 @@ impl Write for SharedFile {
     }
 }
 
-/// A file that is renamed to `.1` and begun anew when it is full.
+/// A file that is renamed to `.1` and replaced by an empty one when it is full.
 #[derive(Debug)]
 struct CappedFile {
     path: PathBuf,
-    /// `None`: it could not be opened, which is tried again with each line.
+    /// `None`: it could not be opened, which is retried with each line.
     open: Option<OpenFile>,
 }
 
@@ -95,7 +96,7 @@ impl CappedFile {
         CappedFile { path: path.to_owned(), open: None }
     }
 
-    /// Nothing that fails here may take the program down: a line that cannot be written is lost.
+    /// A line that cannot be written is dropped: a failure here must not stop the program.
     fn write(&mut self, line: &[u8]) {
         if let Err(error) = self.make_room(line.len() as u64) {
             let path = self.path.display();
@@ -107,14 +108,14 @@ impl CappedFile {
         }
     }
 
-    /// Opens the file where that is yet to be done, and begins a new one where it has no room.
+    /// Opens the file if it is not open, and starts a new one if it is full.
     fn make_room(&mut self, bytes: u64) -> io::Result<()> {
         let open = match &mut self.open {
             Some(open) => open,
             closed => closed.insert(OpenFile::at(&self.path)?),
         };
         if open.length + bytes > CAP_BYTES {
-            // Where it cannot be renamed, it is emptied: a log must not fill the disk.
+            // If it cannot be renamed, it is truncated: a log must not fill the disk.
             if std::fs::rename(&self.path, self.path.with_extension("log.1")).is_err() {
                 open.file.set_len(0)?;
             }
@@ -130,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_log_goes_on_in_a_new_file() {
+    fn a_full_log_is_rotated() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.log");
         let mut log = CappedFile::new(&path);
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_cannot_be_opened_is_written_as_soon_as_it_can() {
+    fn a_log_that_could_not_be_opened_is_retried() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log/spm.log");
         let mut log = CappedFile::new(&path);

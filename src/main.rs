@@ -1,6 +1,6 @@
-//! `aops`: one executable, several personalities, chosen by the program's name or the subcommand.
+//! `aops`: one executable with several personalities, chosen by the program's name or the subcommand.
 //!
-//! Here the error chain is printed, once, and the exit code given. What each personality is stands at the head of its module.
+//! `main` prints the error chain, once, and returns the exit code. The module of each personality describes it.
 
 mod core;
 mod home;
@@ -44,5 +44,5 @@ fn main() -> ExitCode {
         output::message!("error: {error:#}");
         ExitCode::FAILURE
     });
-    output::code(code)
+    output::exit_code(code)
 }

@@ -1,8 +1,8 @@
-//! What a host that runs an earlier release's installation needs changed for this release: once this one is committed, each step by a file of
-//! its own.
+//! Changes that the installation of an earlier release needs for this release. They run after this release was committed; each step has a
+//! file of its own.
 //!
-//! A step looks whether there is something to do, so it may be repeated, and leaves nothing that the release before could not work with: an
-//! operator may return to that one.
+//! A step checks whether there is anything to do, so it is idempotent. The previous release must still work afterwards, because an operator
+//! may return to it.
 
 mod units;
 
@@ -10,17 +10,17 @@ use anyhow::Result;
 
 use crate::home::Home;
 
-/// A name for the log, and the step; it answers whether there was something to do.
+/// The name for the log, and the step, which returns whether it changed anything.
 type Migration = (&'static str, fn(&Home) -> Result<bool>);
 
 const STEPS: &[Migration] = &[("units", units::migrate)];
 
-/// Takes every step; fails with what could not be done, when all were tried.
+/// Runs every step; returns the errors of all that failed.
 pub fn run(home: &Home) -> Result<()> {
     let mut failures = Vec::new();
     for (name, step) in STEPS {
         match step(home) {
-            Ok(true) => tracing::info!(step = *name, "the installation was brought up to this release"),
+            Ok(true) => tracing::info!(step = *name, "the installation was migrated to this release"),
             Ok(false) => {}
             Err(error) => failures.push(format!("{name}: {error:#}")),
         }

@@ -1,29 +1,28 @@
-//! What a program says to whoever started it: results and reports on the standard output, messages on the standard error.
+//! What a program prints: results and reports on the standard output, messages on the standard error output. Only this module writes there.
 //!
-//! The only place that writes there. Output that cannot be written (a full disk, a closed pipe) ends nothing: work that is under way goes on.
-//! Where the output is the result, as of `status`, the exit code tells at last that it was lost ([`code`]). Who closes a pipe has seen
-//! enough, and nothing is lost.
+//! Output that cannot be written (a full disk, a closed pipe) does not stop the work in progress. If the output is the result, as of
+//! `status`, its loss sets the exit code ([`exit_code`]). A closed pipe does not count as a loss: its reader has stopped reading.
 
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
-/// Why a result could not be written, the first time.
+/// The first error when a result could not be written.
 static LOST: Mutex<Option<io::Error>> = Mutex::new(None);
 
-/// A line of what the program was asked for.
+/// Prints a line of the result.
 macro_rules! result {
     ($($text:tt)*) => { $crate::output::say($crate::output::LineKind::Result, format_args!($($text)*)) };
 }
 
-/// A line about what was done, for whoever looks on: that it is done does not depend on whether this is read.
+/// Prints a line about work done. The work counts as done even if the line cannot be written.
 #[cfg(feature = "gateway")]
 macro_rules! report {
     ($($text:tt)*) => { $crate::output::say($crate::output::LineKind::Report, format_args!($($text)*)) };
 }
 
-/// A line to the operator.
+/// Prints a message to the operator.
 macro_rules! message {
     ($($text:tt)*) => { $crate::output::say($crate::output::LineKind::Message, format_args!($($text)*)) };
 }
@@ -33,7 +32,7 @@ pub(crate) use message;
 pub(crate) use report;
 pub(crate) use result;
 
-/// What a line is.
+/// The kind of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LineKind {
     Result,
@@ -42,9 +41,9 @@ pub enum LineKind {
     Message,
 }
 
-/// Writes a line; see [`result!`] and the others.
+/// Writes a line; see [`result!`] and the other macros.
 pub fn say(kind: LineKind, line: Arguments<'_>) {
-    // In one piece: others may write to the same file.
+    // In one write, because other processes may write to the same file.
     let line = format!("{line}\n");
     let written = match kind {
         LineKind::Message => anstream::stderr().lock().write_all(line.as_bytes()),
@@ -55,14 +54,14 @@ pub fn say(kind: LineKind, line: Arguments<'_>) {
     }
 }
 
-/// Asks something of the operator, on the same line as the answer.
+/// Prints a question to the operator, whose answer is on the same line.
 pub fn ask(question: Arguments<'_>) {
     let mut output = anstream::stderr().lock();
     let _ = output.write_all(question.to_string().as_bytes()).and_then(|()| output.flush());
 }
 
-/// What the command line's parser has to say: a help that was asked for, or what is wrong. Answers the exit code.
-pub fn of_parser(error: &clap::Error) -> ExitCode {
+/// Prints the help that was requested, or the error of the command line, and returns the exit code.
+pub fn parser_exit(error: &clap::Error) -> ExitCode {
     let printed = error.print();
     if !error.use_stderr() {
         note(printed);
@@ -70,8 +69,8 @@ pub fn of_parser(error: &clap::Error) -> ExitCode {
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1))
 }
 
-/// The exit code of a program that ends with `code`: another one where a result was lost.
-pub fn code(code: ExitCode) -> ExitCode {
+/// The exit code of the program: `code`, or a failure if a result could not be written.
+pub fn exit_code(code: ExitCode) -> ExitCode {
     let lost = LOST.lock().unwrap_or_else(PoisonError::into_inner).take();
     match lost {
         Some(error) => {

@@ -1,4 +1,4 @@
-//! Writes settings so that a person finds them as they were left: only the values that differ are changed, every comment stays.
+//! Writes settings without disturbing the operator's file: only changed values are replaced, and every comment stays.
 
 use toml::Value;
 use toml::de::DeTable;
@@ -6,10 +6,10 @@ use toml::de::DeTable;
 use super::keys::{KEYS, certificate_key};
 use super::{CertificateCheck, Config, ProxyChoice};
 
-/// What a new installation begins with: every key explained, every default commented out.
+/// The settings file of a new installation: every key explained, every default commented out.
 const TEMPLATE: &str = include_str!("../../assets/conf.toml");
 
-/// The settings as a new file.
+/// The text of a new settings file.
 pub fn render(config: &Config) -> String {
     let mut text = TEMPLATE.to_owned();
     for key in KEYS {
@@ -18,7 +18,7 @@ pub fn render(config: &Config) -> String {
     text
 }
 
-/// `text`, which says `old`, changed to say `new`. What is the same in both stays as the operator wrote it.
+/// Changes `text` from the settings `old` to `new`. Values that are the same in both stay as the operator wrote them.
 pub fn edit(text: &str, old: &Config, new: &Config) -> String {
     let mut edited = text.to_owned();
     for key in KEYS {
@@ -27,14 +27,14 @@ pub fn edit(text: &str, old: &Config, new: &Config) -> String {
             edited = put(&edited, key, wanted.as_deref());
         }
     }
-    // Whatever odd notation stood there: what is written must say what is meant.
+    // In case an unusual notation was edited wrongly, the result must parse as `new`.
     match Config::parse(&edited) {
         Ok(parsed) if parsed.config == *new => edited,
         _ => render(new),
     }
 }
 
-/// A key's value in TOML; `None` where it is the default.
+/// The value of a key in TOML; `None`: it is the default.
 fn literal(config: &Config, key: &str) -> Option<String> {
     let default = Config::default();
     let text = |text: String| Value::String(text).to_string();
@@ -78,11 +78,11 @@ fn literal(config: &Config, key: &str) -> Option<String> {
     }
 }
 
-/// Gives `key` the value `literal`, or takes it out. Text that is no TOML stays as it is.
+/// Sets `key` to `literal`, or removes it. Text that is not TOML stays unchanged.
 fn put(text: &str, key: &str, literal: Option<&str>) -> String {
     let Ok(table) = DeTable::parse(text) else { return text.to_owned() };
-    let standing = table.get_ref().iter().find(|(name, _)| name.get_ref().as_ref() == key);
-    match (standing.map(|(name, value)| (name.span(), value.span())), literal) {
+    let existing = table.get_ref().iter().find(|(name, _)| name.get_ref().as_ref() == key);
+    match (existing.map(|(name, value)| (name.span(), value.span())), literal) {
         (Some((_, value)), Some(literal)) => format!("{}{literal}{}", &text[..value.start], &text[value.end..]),
         (Some((name, value)), None) => {
             let start = text[..name.start].rfind('\n').map_or(0, |end| end + 1);
@@ -94,7 +94,7 @@ fn put(text: &str, key: &str, literal: Option<&str>) -> String {
     }
 }
 
-/// In place of the key's commented default where there is one, else at the end (before the first table, which would swallow it).
+/// Replaces the key's commented default if there is one, else inserts at the end, but before the first table, which would contain the key.
 fn insert(text: &str, key: &str, literal: &str) -> String {
     let line = format!("{key} = {literal}\n");
     let mut start = 0;

@@ -1,7 +1,7 @@
-//! What an old installation leaves to a new one: its flat `etc/conf.yml` and the file that holds its agent id.
+//! Imports the settings of an old installation: its flat `etc/conf.yml`, and the file with its agent id.
 //!
-//! The old file is somebody's who cannot be asked, so only what makes it unreadable as a whole is an error; a key or a value that cannot
-//! be taken over is told, and the default stands.
+//! Its author cannot be asked, so the import fails only if a file cannot be read as a whole. A key or a value that cannot be imported is
+//! reported, and the default is used.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,36 +13,36 @@ use super::{Config, read_text};
 use crate::core::model::AgentId;
 use crate::store;
 
-/// Where an old installation keeps its settings.
+/// The settings file of an old installation.
 pub const OLD_CONFIG: &str = "etc/conf.yml";
 
-/// Where an old installation may keep its agent id.
+/// The files that may contain the agent id of an old installation.
 pub const OLD_AGENT_IDS: &[&str] = &["agentId", "etc/agentId", "etc/agent-id", "agent-id"];
 
-/// The settings that only an old installation's file has under these names.
+/// The keys by which a settings file of an old installation is recognized.
 const OLD_KEYS: &[&str] = &["heartbeatSrv", "heartbeatInterval", "spmMaxMem", "spaMaxMem", "downloadTimeout"];
 
-/// An id with its line end; what is longer is something else.
+/// Limit for the file of an agent id, bytes.
 const MAX_AGENT_ID_BYTES: u64 = 4 << 10;
 
-/// What was found.
+/// The imported settings.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Imported {
-    /// The settings, where there were any. `heartbeat_srv` may be empty.
+    /// `None`: there was no settings file. `heartbeat_srv` may be empty.
     pub config: Option<Config>,
     pub agent_id: Option<AgentId>,
-    /// What could not be taken over, one line each.
+    /// Problems with single keys and files, one line each.
     pub warnings: Vec<String>,
 }
 
-/// Whether the settings of an old installation lie below `root`, readable as a whole or not: a file of that name with one of its settings.
+/// Whether there are settings of an old installation below `root`: a file of that name with one of its keys, valid or not.
 pub fn has_settings(root: &Path) -> bool {
     let text = read_text(&root.join(OLD_CONFIG)).ok().flatten().unwrap_or_default();
     let key = |line: &str| line.split_once(':').map(|(key, _)| key.trim_matches(['"', '\'']).to_owned());
     text.lines().filter_map(key).any(|key| OLD_KEYS.contains(&key.as_str()))
 }
 
-/// Whether a file of the names that an old installation uses holds an agent id.
+/// Whether there is an agent id in one of the files of an old installation.
 pub fn has_agent_id(root: &Path) -> bool {
     OLD_AGENT_IDS.iter().any(|name| {
         let bytes = store::read(&root.join(name), MAX_AGENT_ID_BYTES).ok().flatten().unwrap_or_default();
@@ -77,7 +77,7 @@ pub fn read(root: &Path) -> Result<Imported> {
     Ok(imported)
 }
 
-/// Reads the text of an old settings file; also what could not be taken over.
+/// Parses an old settings file; also returns warnings about keys and values that cannot be used.
 pub fn parse(text: &str) -> Result<(Config, Vec<String>)> {
     let mut config = Config::default();
     let mut warnings = Vec::new();
@@ -87,21 +87,21 @@ pub fn parse(text: &str) -> Result<(Config, Vec<String>)> {
     let entries: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(text)?;
     for (key, value) in entries {
         if !KEYS.contains(&key.as_str()) {
-            warnings.push(format!("the key {key} is not known any more and was left out"));
-        } else if let Err(expected) = keys::set(&mut config, &key, &given(value)) {
-            warnings.push(format!("the value of {key} cannot be used and was left out: expected {expected}"));
+            warnings.push(format!("the key {key} is no longer supported and is ignored"));
+        } else if let Err(expected) = keys::set(&mut config, &key, &raw_value(value)) {
+            warnings.push(format!("cannot use the value of {key}: expected {expected}; the default is used"));
         }
     }
     Ok((config, warnings))
 }
 
-fn given(value: serde_json::Value) -> RawValue {
+fn raw_value(value: serde_json::Value) -> RawValue {
     use serde_json::Value;
     match value {
         Value::String(text) => RawValue::Text(text),
         Value::Number(number) => RawValue::Number(number.to_string()),
-        Value::Bool(truth) => RawValue::Truth(truth),
-        Value::Array(items) => RawValue::List(items.into_iter().map(given).collect()),
+        Value::Bool(flag) => RawValue::Bool(flag),
+        Value::Array(items) => RawValue::List(items.into_iter().map(raw_value).collect()),
         Value::Null | Value::Object(_) => RawValue::Other,
     }
 }

@@ -1,4 +1,4 @@
-//! The keys of the settings: what each may be, told apart from the notation that it came in (TOML now, YAML in an old installation).
+//! The keys of the settings and their allowed values, independent of the notation (TOML, or YAML in an old installation).
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::{CertificateCheck, Config, ParsedSettings, ProxyChoice, UnknownKey};
 use crate::core::units::{Size, Span};
 use crate::endpoint::Exception;
 
-/// Every key there is, in the order of the template.
+/// All keys, in the order of the template.
 pub(super) const KEYS: &[&str] = &[
     "heartbeatSrv",
     "heartbeatInterval",
@@ -30,21 +30,21 @@ pub(super) const KEYS: &[&str] = &[
     "upgradeTrial",
 ];
 
-/// More endpoints or pins than anybody has are a mistake.
+/// Limit for the endpoints, and for the pins.
 const MAX_ITEMS: usize = 16;
 const MAX_EXCEPTIONS: usize = 256;
 
-/// A value as it was written, whatever the notation.
+/// A value as written, in any notation.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum RawValue {
     Text(String),
     Number(String),
-    Truth(bool),
+    Bool(bool),
     List(Vec<RawValue>),
     Other,
 }
 
-/// What a key's value should have been.
+/// The expected value of a key, for an error message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ExpectedValue(String);
 
@@ -65,7 +65,7 @@ pub(super) fn line_of(text: &str, position: usize) -> usize {
     1 + text.as_bytes()[..position.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// What is wrong with a text, and where, in one line that fits into a log, a table and a heartbeat.
+/// A TOML error with its line number, as a single line for logs, tables and heartbeats.
 pub fn wrong_line(text: &str, error: &toml::de::Error) -> String {
     let line = line_of(text, error.span().map_or(0, |span| span.start));
     format!("line {line}: {}", error.message().trim().replace('\n', ", "))
@@ -82,7 +82,7 @@ pub(super) fn parse(text: &str) -> Result<ParsedSettings> {
             unknown.push(UnknownKey { key: name.to_owned(), line });
             continue;
         }
-        set(&mut config, name, &given(value.get_ref()))
+        set(&mut config, name, &raw_value(value.get_ref()))
             .map_err(|expected| anyhow!("line {line}: cannot use the value of {name}: expected {expected}"))?;
     }
     if config.heartbeat_srv.is_empty() {
@@ -94,37 +94,37 @@ pub(super) fn parse(text: &str) -> Result<ParsedSettings> {
     Ok(ParsedSettings { config, unknown })
 }
 
-fn given(value: &DeValue<'_>) -> RawValue {
+fn raw_value(value: &DeValue<'_>) -> RawValue {
     match value {
         DeValue::String(text) => RawValue::Text(text.to_string()),
         DeValue::Integer(number) if number.radix() == 10 => RawValue::Number(number.as_str().to_owned()),
-        DeValue::Boolean(truth) => RawValue::Truth(*truth),
-        DeValue::Array(items) => RawValue::List(items.iter().map(|item| given(item.get_ref())).collect()),
+        DeValue::Boolean(flag) => RawValue::Bool(*flag),
+        DeValue::Array(items) => RawValue::List(items.iter().map(|item| raw_value(item.get_ref())).collect()),
         _ => RawValue::Other,
     }
 }
 
-/// Sets one key, which must be one of [`KEYS`]. Every second trust setting contradicts the first.
-pub(super) fn set(config: &mut Config, key: &str, given: &RawValue) -> Result<(), ExpectedValue> {
+/// Sets one key, which must be one of [`KEYS`]. Fails if more than one way to verify certificates is set.
+pub(super) fn set(config: &mut Config, key: &str, value: &RawValue) -> Result<(), ExpectedValue> {
     match key {
         "heartbeatSrv" => {
             config.heartbeat_srv =
-                list(given, "the gateway's endpoint, such as \"https://gateway.example:8888\", or a list of them")?;
+                list(value, "the gateway's endpoint, such as \"https://gateway.example:8888\", or a list of them")?;
         }
         "heartbeatInterval" => {
-            config.heartbeat_interval = span(given, Duration::from_secs(1), Duration::from_secs(3_600))?
+            config.heartbeat_interval = span(value, Duration::from_secs(1), Duration::from_secs(3_600))?
         }
         "downloadTimeout" => {
-            config.download_timeout = span(given, Duration::from_secs(1), Duration::from_secs(86_400))?
+            config.download_timeout = span(value, Duration::from_secs(1), Duration::from_secs(86_400))?
         }
-        "downloadStall" => config.download_stall = span(given, Duration::from_secs(1), Duration::from_secs(600))?,
-        // Below that, downloads at once would each be so slow that they count as stalled.
-        "downloadRate" => config.download_rate = Some(rate(given, 64 << 10, 1 << 40)?),
+        "downloadStall" => config.download_stall = span(value, Duration::from_secs(1), Duration::from_secs(600))?,
+        // At a lower rate, simultaneous downloads would each be so slow that they count as stalled.
+        "downloadRate" => config.download_rate = Some(rate(value, 64 << 10, 1 << 40)?),
         "proxy" => {
             let expected = "the address of a proxy, such as \"http://proxy.example:3128\" or \
                             \"http://user:password@proxy.example:3128\", or \"none\"";
-            let written = text(given, expected)?;
-            config.proxy = match written.as_str() {
+            let address = text(value, expected)?;
+            config.proxy = match address.as_str() {
                 "none" => ProxyChoice::None,
                 address => {
                     ProxyChoice::Proxy(address.parse().map_err(|why| ExpectedValue(format!("{expected}; {why}")))?)
@@ -132,32 +132,32 @@ pub(super) fn set(config: &mut Config, key: &str, given: &RawValue) -> Result<()
             };
         }
         "noProxy" => {
-            let expected = "what is reached without the proxy, such as [\"gateway.example\", \".example\", \"10.0.0.0/8\", \
+            let expected = "the hosts to reach without the proxy, such as [\"gateway.example\", \".example\", \"10.0.0.0/8\", \
                             \"gateway.example:8888\"], or \"*\"";
-            config.no_proxy = Some(exceptions(given, expected)?);
+            config.no_proxy = Some(exceptions(value, expected)?);
         }
-        // The manager needs 3 MiB idle and about 10 while it unpacks, the watchdog 2: a lower limit would restart it again and again.
-        "spmMaxMem" => config.spm_max_mem = size(given, 16 << 20, 1 << 40)?,
-        "spaMaxMem" => config.spa_max_mem = size(given, 8 << 20, 1 << 40)?,
-        "upgradeTrial" => config.upgrade_trial = span(given, Duration::from_secs(5), Duration::from_secs(600))?,
-        "logMaxSize" => config.log_max_size = size(given, 64 << 10, 1 << 40)?,
-        "product" => config.product = Some(text(given, "the name of a product, such as \"generic\"")?),
+        // The manager needs 3 MiB idle and about 10 MiB while it unpacks, the watchdog 2 MiB. A lower limit would restart them repeatedly.
+        "spmMaxMem" => config.spm_max_mem = size(value, 16 << 20, 1 << 40)?,
+        "spaMaxMem" => config.spa_max_mem = size(value, 8 << 20, 1 << 40)?,
+        "upgradeTrial" => config.upgrade_trial = span(value, Duration::from_secs(5), Duration::from_secs(600))?,
+        "logMaxSize" => config.log_max_size = size(value, 64 << 10, 1 << 40)?,
+        "product" => config.product = Some(text(value, "the name of a product, such as \"generic\"")?),
         "caCert" => {
-            let path = text(given, "the path of a file with certificates, such as \"etc/ca.pem\"")?;
-            certificate(config, CertificateCheck::Authority(PathBuf::from(path)))?;
+            let path = text(value, "the path of a file with certificates, such as \"etc/ca.pem\"")?;
+            set_certificate(config, CertificateCheck::Authority(PathBuf::from(path)))?;
         }
         "pin" => {
-            let pins = list(given, "a SHA-256 of 64 hexadecimal digits in quotes, or a list of them")?;
-            certificate(config, CertificateCheck::Pinned(pins))?;
+            let pins = list(value, "a SHA-256 of 64 hexadecimal digits in quotes, or a list of them")?;
+            set_certificate(config, CertificateCheck::Pinned(pins))?;
         }
-        "pinFirstContact" if truth(given)? => certificate(config, CertificateCheck::FirstContact)?,
-        "insecure" if truth(given)? => certificate(config, CertificateCheck::Unchecked)?,
+        "pinFirstContact" if boolean(value)? => set_certificate(config, CertificateCheck::FirstContact)?,
+        "insecure" if boolean(value)? => set_certificate(config, CertificateCheck::Unchecked)?,
         _ => {}
     }
     Ok(())
 }
 
-/// The key by which a way of checking certificates is set.
+/// The key that sets this way to verify certificates.
 pub(super) fn certificate_key(certificate: &CertificateCheck) -> Option<&'static str> {
     match certificate {
         CertificateCheck::System => None,
@@ -168,97 +168,92 @@ pub(super) fn certificate_key(certificate: &CertificateCheck) -> Option<&'static
     }
 }
 
-fn certificate(config: &mut Config, value: CertificateCheck) -> Result<(), ExpectedValue> {
+fn set_certificate(config: &mut Config, value: CertificateCheck) -> Result<(), ExpectedValue> {
     if config.certificate != CertificateCheck::System {
-        let other = certificate_key(&config.certificate).unwrap_or("another one");
+        let other = certificate_key(&config.certificate).unwrap_or("another of them");
         return Err(ExpectedValue(format!(
-            "at most one of caCert, pin, pinFirstContact and insecure, and there is {other} too"
+            "at most one of caCert, pin, pinFirstContact and insecure, but {other} is set too"
         )));
     }
     config.certificate = value;
     Ok(())
 }
 
-fn text(given: &RawValue, expected: &str) -> Result<String, ExpectedValue> {
-    match given {
+fn text(value: &RawValue, expected: &str) -> Result<String, ExpectedValue> {
+    match value {
         RawValue::Text(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
         _ => Err(ExpectedValue(expected.to_owned())),
     }
 }
 
-fn truth(given: &RawValue) -> Result<bool, ExpectedValue> {
-    match given {
-        RawValue::Truth(truth) => Ok(*truth),
+fn boolean(value: &RawValue) -> Result<bool, ExpectedValue> {
+    match value {
+        RawValue::Bool(flag) => Ok(*flag),
         _ => Err(ExpectedValue("true or false".to_owned())),
     }
 }
 
-/// One text, or a list of 1 to [`MAX_ITEMS`].
-fn list<T: std::str::FromStr>(given: &RawValue, expected: &str) -> Result<Vec<T>, ExpectedValue> {
-    let refused = || ExpectedValue(expected.to_owned());
-    let one = |item: &RawValue| text(item, expected)?.parse().map_err(|_| refused());
-    match given {
-        RawValue::Text(_) => Ok(vec![one(given)?]),
+/// One text, or a list of 1 to [`MAX_ITEMS`] texts.
+fn list<T: std::str::FromStr>(value: &RawValue, expected: &str) -> Result<Vec<T>, ExpectedValue> {
+    let unexpected = || ExpectedValue(expected.to_owned());
+    let one = |item: &RawValue| text(item, expected)?.parse().map_err(|_| unexpected());
+    match value {
+        RawValue::Text(_) => Ok(vec![one(value)?]),
         RawValue::List(items) if (1..=MAX_ITEMS).contains(&items.len()) => items.iter().map(one).collect(),
-        _ => Err(refused()),
+        _ => Err(unexpected()),
     }
 }
 
-/// One text with several items between commas, or a list of them; none at all is allowed.
-fn exceptions(given: &RawValue, expected: &str) -> Result<Vec<Exception>, ExpectedValue> {
-    let refused = || ExpectedValue(expected.to_owned());
-    let items: Vec<&str> = match given {
+/// One text of items separated by commas, or a list of items; may be empty.
+fn exceptions(value: &RawValue, expected: &str) -> Result<Vec<Exception>, ExpectedValue> {
+    let unexpected = || ExpectedValue(expected.to_owned());
+    let items: Vec<&str> = match value {
         RawValue::Text(text) => text.split([',', ' ']).filter(|item| !item.is_empty()).collect(),
         RawValue::List(items) => items
             .iter()
             .map(|item| match item {
                 RawValue::Text(text) => Ok(text.as_str()),
-                _ => Err(refused()),
+                _ => Err(unexpected()),
             })
             .collect::<Result<_, _>>()?,
-        _ => return Err(refused()),
+        _ => return Err(unexpected()),
     };
     if items.len() > MAX_EXCEPTIONS {
-        return Err(refused());
+        return Err(unexpected());
     }
-    items.into_iter().map(|item| item.parse().map_err(|_| refused())).collect()
+    items.into_iter().map(|item| item.parse().map_err(|_| unexpected())).collect()
 }
 
-/// A size in a second.
-fn rate(given: &RawValue, least: u64, most: u64) -> Result<Size, ExpectedValue> {
-    let expected =
-        || ExpectedValue(format!("a size in a second such as \"10MiB/s\", from {}/s to {}/s", Size(least), Size(most)));
-    let read = match given {
+/// A size per second.
+fn rate(value: &RawValue, min: u64, max: u64) -> Result<Size, ExpectedValue> {
+    let expected = || ExpectedValue(format!("a rate such as \"10MiB/s\", from {}/s to {}/s", Size(min), Size(max)));
+    let parsed = match value {
         RawValue::Text(text) => text.trim().strip_suffix("/s").and_then(Size::parse),
         _ => None,
     };
-    read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(expected)
+    parsed.filter(|size| (min..=max).contains(&size.0)).ok_or_else(expected)
 }
 
-fn span(given: &RawValue, least: Duration, most: Duration) -> Result<Span, ExpectedValue> {
-    let read = match given {
+fn span(value: &RawValue, min: Duration, max: Duration) -> Result<Span, ExpectedValue> {
+    let parsed = match value {
         RawValue::Text(text) | RawValue::Number(text) => Span::parse(text),
         _ => None,
     };
-    read.filter(|span| (least..=most).contains(&span.0)).ok_or_else(|| {
+    parsed.filter(|span| (min..=max).contains(&span.0)).ok_or_else(|| {
         ExpectedValue(format!(
             "a duration such as \"30s\" or a whole number of seconds, from {} to {}",
-            Span(least),
-            Span(most)
+            Span(min),
+            Span(max)
         ))
     })
 }
 
-fn size(given: &RawValue, least: u64, most: u64) -> Result<Size, ExpectedValue> {
-    let read = match given {
+fn size(value: &RawValue, min: u64, max: u64) -> Result<Size, ExpectedValue> {
+    let parsed = match value {
         RawValue::Text(text) | RawValue::Number(text) => Size::parse(text),
         _ => None,
     };
-    read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(|| {
-        ExpectedValue(format!(
-            "a size such as \"64MiB\" or a whole number of MiB, from {} to {}",
-            Size(least),
-            Size(most)
-        ))
+    parsed.filter(|size| (min..=max).contains(&size.0)).ok_or_else(|| {
+        ExpectedValue(format!("a size such as \"64MiB\" or a whole number of MiB, from {} to {}", Size(min), Size(max)))
     })
 }

@@ -1,4 +1,4 @@
-//! What operators write into their settings, and what becomes of it.
+//! What operators write into their settings, and the result.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ fn config(text: &str) -> Config {
     Config::parse(text).unwrap().config
 }
 
-fn refusal(text: &str) -> String {
+fn rejection(text: &str) -> String {
     format!("{:#}", Config::parse(text).unwrap_err())
 }
 
@@ -72,38 +72,41 @@ fn an_error_names_the_line_the_key_and_what_is_expected() {
         (&format!("{srv}\nproduct = "), "line 2", &[]),
         (&format!("{srv}\n{srv}"), "line 2", &["duplicate key"]),
     ] {
-        let error = refusal(text);
+        let error = rejection(text);
         assert!(error.contains(line), "{text:?}: {error}");
         for word in words {
             assert!(error.contains(word), "{text:?}: {error}");
         }
     }
-    assert!(refusal("spmMaxMem = 64").contains("heartbeatSrv"));
+    assert!(rejection("spmMaxMem = 64").contains("heartbeatSrv"));
 }
 
 #[test]
-fn contradictory_trust_is_refused() {
+fn contradictory_trust_is_rejected() {
     let srv = "heartbeatSrv = \"https://a:1\"";
     for pair in [
         "insecure = true\npinFirstContact = true",
         "caCert = \"a\"\ninsecure = true",
         &format!("caCert = \"a\"\npin = \"{PIN}\""),
     ] {
-        let error = refusal(&format!("{srv}\n{pair}"));
+        let error = rejection(&format!("{srv}\n{pair}"));
         assert!(error.contains("at most one of caCert, pin, pinFirstContact and insecure"), "{error}");
     }
     assert!(Config::parse(&format!("{srv}\ncaCert = \"a\"\ninsecure = false")).is_ok());
 }
 
 #[test]
-fn unknown_keys_are_told_by_name_and_line() {
+fn unknown_keys_are_reported_by_name_and_line() {
     let parsed = Config::parse("heartbeatSrv = \"https://a:1\"\nspmmaxmem = 3\n[later]\nx = 1\n").unwrap();
-    let told: Vec<String> = parsed.unknown.iter().map(ToString::to_string).collect();
-    assert_eq!(told, ["line 2: unknown key \"spmmaxmem\" (is spmMaxMem meant?)", "line 3: unknown key \"later\""]);
+    let reported: Vec<String> = parsed.unknown.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        reported,
+        ["line 2: unknown key \"spmmaxmem\" (did you mean spmMaxMem?)", "line 3: unknown key \"later\""]
+    );
 }
 
 #[test]
-fn what_is_rendered_reads_back() {
+fn rendered_settings_parse_back() {
     let mut all = config(
         "heartbeatSrv = [\"https://a:1\", \"https://b:2\"]\nheartbeatInterval = 90\nspmMaxMem = 100\nspaMaxMem = 50",
     );
@@ -135,7 +138,7 @@ fn the_template_shows_the_real_defaults() {
     let mut uncommented = String::new();
     for key in keys::KEYS {
         let shown = text.lines().find(|line| line.starts_with(&format!("#{key} = "))).expect(key);
-        // Those have no default, but an example.
+        // These keys have an example and no default.
         let example = ["caCert", "pin", "downloadRate", "proxy", "noProxy"].contains(key);
         if example && *key != "caCert" && *key != "pin" {
             config(&format!("heartbeatSrv = \"https://a:1\"\n{}", &shown[1..]));
@@ -151,7 +154,7 @@ fn the_template_shows_the_real_defaults() {
 }
 
 #[test]
-fn an_edit_keeps_what_it_does_not_change() {
+fn an_edit_keeps_unchanged_values_and_comments() {
     let text = "# mine\nspmMaxMem = 99 # because\nheartbeatSrv = [ # both\n  \"https://a:1\",\n  \"https://b:2\",\n] # list\n\
                 pinFirstContact = true\n#heartbeatInterval = \"30s\"\n";
     let old = config(text);
@@ -169,7 +172,7 @@ fn an_edit_keeps_what_it_does_not_change() {
 }
 
 #[test]
-fn a_malformed_file_at_a_start_gives_the_last_good_settings_and_says_why() {
+fn with_a_malformed_file_a_start_uses_the_last_good_settings_and_reports_why() {
     let (_directory, home) = home();
     fs::write(home.config(), "heartbeatSrv = \"https://a:1\"\n").unwrap();
     let first = Config::load(&home).unwrap();
@@ -188,7 +191,7 @@ fn a_malformed_file_at_a_start_gives_the_last_good_settings_and_says_why() {
 }
 
 #[test]
-fn an_unknown_key_fails_an_install_and_not_a_start() {
+fn an_unknown_key_fails_an_install_but_not_a_start() {
     let (_directory, home) = home();
     fs::write(home.config(), "heartbeatSrv = \"https://a:1\"\nnewer = 1\n").unwrap();
     assert_eq!(Config::load(&home).unwrap().unknown.len(), 1);
@@ -197,7 +200,7 @@ fn an_unknown_key_fails_an_install_and_not_a_start() {
 }
 
 #[test]
-fn trust_has_the_paths_of_the_home() {
+fn trust_uses_the_paths_of_the_home() {
     let home = Home::new("/h");
     let with = |certificate| Config { certificate, ..Config::default() }.trust(&home);
     assert_eq!(with(CertificateCheck::Authority("etc/ca.pem".into())), Trust::CaFile(home.ca_file()));
@@ -205,7 +208,7 @@ fn trust_has_the_paths_of_the_home() {
 }
 
 #[test]
-fn an_old_installation_is_taken_over() {
+fn the_settings_of_an_old_installation_are_imported() {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("etc")).unwrap();
     fs::write(
@@ -230,7 +233,7 @@ fn an_old_installation_is_taken_over() {
 }
 
 #[test]
-fn an_old_list_of_endpoints_and_nothing_at_all_are_read() {
+fn an_old_list_of_endpoints_and_an_empty_file_are_imported() {
     let (config, warnings) = import::parse("heartbeatSrv:\n  - https://a:1\n  - https://b:2\n").unwrap();
     assert_eq!((config.heartbeat_srv.len(), warnings.len()), (2, 0));
     assert_eq!(import::parse("\n").unwrap().0, Config::default());
@@ -240,7 +243,7 @@ fn an_old_list_of_endpoints_and_nothing_at_all_are_read() {
 }
 
 #[test]
-fn the_settings_proxy_wins_over_the_environments_and_its_password_is_nobody_elses() {
+fn the_proxy_of_the_settings_overrides_the_environment_and_its_password_stays_private() {
     let srv = "heartbeatSrv = \"https://a.example:1\"\n";
     let environment = |name: &str| match name {
         "HTTPS_PROXY" => Some("http://theirs:1".to_owned()),
@@ -264,7 +267,7 @@ fn the_settings_proxy_wins_over_the_environments_and_its_password_is_nobody_else
     assert_eq!(settings.access(), store::Access::Private);
     assert!(!format!("{settings:?}").contains("secret"), "{settings:?}");
     assert_eq!(config(srv).access(), store::Access::Public);
-    let error = refusal(&format!("{srv}proxy = \"socks5://u:secret@h:1\""));
+    let error = rejection(&format!("{srv}proxy = \"socks5://u:secret@h:1\""));
     assert!(!error.contains("secret"), "{error}");
 }
 
@@ -294,18 +297,18 @@ fn any_config() -> impl Strategy<Value = Config> {
 }
 
 proptest! {
-    /// Whatever is set is written so that it reads back, into a new file and over an operator's.
+    /// Any settings parse back after they were written into a new file or an operator's.
     #[test]
-    fn what_is_written_reads_back(old in any_config(), new in any_config()) {
+    fn written_settings_parse_back(old in any_config(), new in any_config()) {
         let text = render(&old);
         prop_assert_eq!(&config(&text), &old);
         prop_assert_eq!(&edit(&text, &old, &old), &text);
         prop_assert_eq!(config(&edit(&text, &old, &new)), new);
     }
 
-    /// Damage is an error or another setting, and is told by a line that is there.
+    /// Damage is an error or changes a setting, and every unknown key is reported with an existing line.
     #[test]
-    fn damaged_settings_are_told_by_their_line(old in any_config(), at in any::<prop::sample::Index>(), damage in "[ -~\n]{0,3}") {
+    fn unknown_keys_of_damaged_settings_have_an_existing_line(old in any_config(), at in any::<prop::sample::Index>(), damage in "[ -~\n]{0,3}") {
         let mut text = render(&old);
         let at = at.index(text.len());
         prop_assume!(text.is_char_boundary(at));

@@ -1,21 +1,20 @@
-//! When the end of a certificate is worth a warning: the gateway and its hosts use the same rule.
+//! When to warn that a certificate expires. The gateway and its hosts use the same rule.
 
-/// A certificate that ends sooner than this, seconds, is worth a warning: time for a renewal that failed over a holiday.
+/// Warn about a certificate that expires sooner than this, seconds: enough to repair a renewal that failed over a holiday.
 pub const WARN_BEFORE: u64 = 21 * 86_400;
 
-/// How a certificate stands to its end.
+/// How close a certificate is to its expiry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Validity {
-    /// The end is far away.
+    /// It expires in three weeks or later.
     Long,
-    /// It ends soon.
-    Ending {
-        days: u64,
-    },
+    /// It expires within three weeks.
+    Ending { days: u64 },
+    /// It has expired.
     Ended,
 }
 
-/// `end` and `now` are seconds since 1970.
+/// The validity at `now` of a certificate that expires at `end`, both in seconds since 1970.
 pub fn validity(end: u64, now: u64) -> Validity {
     match end.checked_sub(now) {
         None => Validity::Ended,
@@ -29,7 +28,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_within_three_weeks_is_near() {
+    fn an_expiry_within_three_weeks_is_soon() {
         for (left, expected) in [
             (WARN_BEFORE as i64, Validity::Long),
             (WARN_BEFORE as i64 - 1, Validity::Ending { days: 20 }),

@@ -1,13 +1,13 @@
-//! Variables of a sub-agent's environment as a gateway tells them: a text, or a secret.
+//! Environment variables that a gateway sets for a sub-agent: plain texts, or secrets.
 //!
 //! ```text
 //! fleet.toml   env = { GOGC = "50", TOKEN = { secret = "…" } }
 //! protocol     "env": {"GOGC": "50", "TOKEN": {"secret": "…"}}
 //! ```
 //!
-//! A secret is given to the sub-agent as any other value, and shown to nobody: it is not printed, logged or quoted in an error. Where it
-//! must be kept, on the host and at the gateway, the file is its owner's alone. What it is not is encrypted there, nor kept from whoever can
-//! reach the gateway and knows the host's agent id: hosts do not prove who they are.
+//! A secret is passed to the sub-agent like any other value, and is never printed, logged or quoted in an error. Files that contain it, on
+//! the host and at the gateway, are readable by their owner only. It is stored unencrypted, and any client that can reach the gateway and
+//! knows the host's agent id can request it, because hosts do not authenticate.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,17 +15,17 @@ use std::fmt;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-/// Variables by their names.
+/// Variables by name.
 pub type Env = BTreeMap<String, EnvValue>;
 
-/// More variables than this for one sub-agent are a mistake.
+/// Limit for the variables of one sub-agent; more are a mistake.
 const MAX_VARIABLES: usize = 1_000;
-/// Names and values of one sub-agent, bytes: more than Linux takes in a single one.
+/// Limit for the names and values of one sub-agent together, bytes: the size that Linux allows for a single variable.
 const MAX_BYTES: usize = 128 << 10;
-/// The longest name of a variable, bytes.
+/// Limit for the name of a variable, bytes.
 pub const MAX_NAME_BYTES: usize = 255;
 
-/// Whether that many variables, and that long ones, can be given to a sub-agent.
+/// Whether the number and the size of the variables are within the limits.
 pub fn check(env: &Env) -> Result<(), String> {
     if env.len() > MAX_VARIABLES {
         return Err(format!("it has {} variables: at most {MAX_VARIABLES}", env.len()));
@@ -37,7 +37,7 @@ pub fn check(env: &Env) -> Result<(), String> {
     Ok(())
 }
 
-/// Of all names and values.
+/// Size of all names and values, bytes.
 pub fn bytes(env: &Env) -> usize {
     env.iter().map(|(name, value)| name.len() + value.reveal().len()).sum()
 }
@@ -48,15 +48,15 @@ pub fn bytes(env: &Env) -> usize {
 #[cfg_attr(feature = "gateway", schemars(rename = "EnvValue"))]
 #[serde(untagged)]
 pub enum EnvValue {
-    /// One that anybody may see.
+    /// A value that may be shown.
     Plain(String),
-    /// One that is never shown: not in `status`, in a log, in an event or in an error. The gateway tells it to whoever goes by the host's
-    /// agent id, which is a name and no password.
+    /// A value that is never shown in `status`, a log, an event or an error. The gateway sends it to any client that uses the host's agent
+    /// id, which is a name and not a password.
     Secret { secret: String },
 }
 
 impl EnvValue {
-    /// For the sub-agent's environment alone.
+    /// The value, for the sub-agent's environment only.
     pub fn reveal(&self) -> &str {
         match self {
             EnvValue::Plain(text) | EnvValue::Secret { secret: text } => text,
@@ -84,8 +84,8 @@ impl fmt::Debug for EnvValue {
     }
 }
 
-/// What is expected of a value; errors must not quote what came instead, which may be a secret in the wrong notation.
-const EXPECTED: &str = "cannot take the value of a variable: expected a text in quotes, or { secret = \"…\" }";
+/// An error must not quote the value, which may be a secret in the wrong notation.
+const EXPECTED: &str = "cannot read the value of a variable: expected a text in quotes, or { secret = \"…\" }";
 
 struct ValueVisitor;
 
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_value_is_refused_without_being_quoted() {
+    fn an_invalid_value_is_rejected_without_being_quoted() {
         for bad in [
             "8675309",
             "-8675309",

@@ -1,11 +1,11 @@
-//! `fleet.toml`: what the operator wants of the fleet, and what follows from it for one host.
+//! `fleet.toml`: the desired state of the whole fleet, and what follows from it for one host.
 //!
-//! The file is parsed strictly: a key that is not known is an error, so that a misspelt one is never silently without effect. Whether a
-//! well-formed file may take the place of the last good one is a decision of its own ([`judge`]), because a file can be well formed and
-//! still be an accident: empty, cut off, or naming packages that are not there.
+//! The file is parsed strictly: an unknown key is an error, so a misspelt one is never silently ignored. Whether a well-formed file may
+//! replace the last good one is a separate decision ([`evaluate`]), because it can still be an accident: empty, truncated, or naming
+//! packages that are not in the depot.
 //!
 //! ```text
-//! text -> Fleet -> judge(last good, depot) -> Fleet::desired(host) -> tell(depot) -> Told -> generation -> Answer
+//! text -> Fleet -> evaluate(last good, depot) -> Fleet::desired(host) -> orders_for(depot) -> HostOrders -> generation -> Answer
 //! ```
 
 mod changes;
@@ -27,15 +27,15 @@ use super::text::cut;
 use super::units::Span;
 use super::unknown::UnknownFields;
 
-/// A `fleet.toml` beyond this is refused: what one host is told must fit into the 4 MiB that a host takes.
+/// Limit for `fleet.toml`, bytes: the answer to one host must fit into the 4 MiB that a host accepts.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
-/// Of what is missing in the depot, so much is told and remembered for each host, bytes.
+/// Limit for the list of packages missing in the depot that is sent to, and stored for, each host, bytes.
 const MAX_MISSING_BYTES: usize = 1 << 10;
-/// Between two heartbeats, unless the file says otherwise.
+/// Default of `heartbeatInterval`.
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(30);
-/// The shortest and the longest interval that a file may ask for, seconds.
+/// The allowed values of `heartbeatInterval`, seconds.
 const INTERVALS: std::ops::RangeInclusive<u64> = 1..=86_400;
-/// From the first complete list that omits a sub-agent to its removal, unless the file says otherwise: time to notice a slip.
+/// Default of `removalDelay`, from the first complete list that omits a sub-agent to its removal: time to notice a mistake.
 const DEFAULT_REMOVAL_DELAY: Duration = Duration::from_secs(300);
 /// The longest removal delay, seconds: 30 days.
 const MAX_REMOVAL_DELAY: u64 = 30 * 86_400;
@@ -45,11 +45,11 @@ const MAX_REMOVAL_DELAY: u64 = 30 * 86_400;
 #[serde(try_from = "RawFleet")]
 pub struct Fleet {
     pub interval: Duration,
-    /// For so long hosts keep what the list omits; whole seconds.
+    /// Time for which hosts keep a sub-agent that the list omits; whole seconds.
     pub removal_delay: Duration,
-    /// The file may drop more than half of the sub-agents.
+    /// The file may remove more than half of the sub-agents.
     pub allow_removal: bool,
-    /// The manager's version, where it is ordered.
+    /// The manager's version; `None`: not ordered.
     pub manager: Option<Version>,
     /// For every host.
     pub agents: BTreeMap<AgentName, Order>,
@@ -57,7 +57,7 @@ pub struct Fleet {
     pub rules: Vec<Rule>,
 }
 
-/// What differs for the hosts that match.
+/// Changes for the hosts that match.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rule {
     matches: Match,
@@ -65,7 +65,7 @@ pub struct Rule {
     agents: BTreeMap<AgentName, RawAgent>,
 }
 
-/// Which hosts: all that is given must hold, each by any of its globs.
+/// Selects hosts: every condition given must match, each by any of its globs.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Match {
@@ -75,7 +75,7 @@ struct Match {
     arch: Option<Vec<Glob>>,
 }
 
-/// The file as it is written.
+/// The file as written.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawFleet {
@@ -97,7 +97,7 @@ struct RawManager {
     version: Option<Version>,
 }
 
-/// In `[agents]` it must have a version; in a rule it changes only what it says.
+/// In `[agents]` a version is required; in a rule only the fields given are changed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct RawAgent {
@@ -105,7 +105,7 @@ struct RawAgent {
     cmd: Option<Run>,
     #[serde(default)]
     env: BTreeMap<EnvName, EnvValue>,
-    /// Of [`Order::retry`].
+    /// See [`Order::retry`].
     retry: Option<u64>,
 }
 
@@ -132,7 +132,7 @@ impl TryFrom<String> for EnvName {
         if first && name.len() <= env::MAX_NAME_BYTES && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
             Ok(EnvName(name))
         } else {
-            Err(format!("cannot take {name:?} as the name of an environment variable: expected letters, digits and _"))
+            Err(format!("cannot use {name:?} as the name of an environment variable: expected letters, digits and _"))
         }
     }
 }
@@ -143,41 +143,41 @@ impl TryFrom<RawFleet> for Fleet {
     fn try_from(written: RawFleet) -> Result<Fleet, String> {
         let interval = written.heartbeat_interval.map_or(DEFAULT_INTERVAL, |span| span.0);
         if interval.subsec_nanos() != 0 || !INTERVALS.contains(&interval.as_secs()) {
-            return Err("cannot take heartbeatInterval: expected whole seconds, from 1s to 1d".to_owned());
+            return Err("cannot use heartbeatInterval: expected whole seconds, from 1s to 1d".to_owned());
         }
         let removal_delay = written.removal_delay.map_or(DEFAULT_REMOVAL_DELAY, |span| span.0);
         if removal_delay.subsec_nanos() != 0 || removal_delay.as_secs() > MAX_REMOVAL_DELAY {
-            return Err("cannot take removalDelay: expected whole seconds, from 0s to 30d".to_owned());
+            return Err("cannot use removalDelay: expected whole seconds, from 0s to 30d".to_owned());
         }
         let mut agents = BTreeMap::new();
         for (name, agent) in written.agents {
-            let order = agent.begun().ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
-            settable(&order.spec.env).map_err(|why| format!("cannot take the env of agents.{name}: {why}"))?;
+            let order = agent.to_order().ok_or_else(|| format!("cannot use agents.{name}: it has no version"))?;
+            check_env(&order.spec.env).map_err(|why| format!("cannot use the env of agents.{name}: {why}"))?;
             agents.insert(name, order);
         }
         let mut rules = Vec::new();
-        let mut known: BTreeSet<AgentName> = agents.keys().cloned().collect();
+        let mut with_version: BTreeSet<AgentName> = agents.keys().cloned().collect();
         for (index, rule) in written.rules.into_iter().enumerate() {
             let number = index + 1;
-            rule.r#match.check().map_err(|why| format!("cannot take the match of rule {number}: {why}"))?;
+            rule.r#match.check().map_err(|why| format!("cannot use the match of rule {number}: {why}"))?;
             for (name, agent) in &rule.agents {
-                settable(&plain(agent.env.clone()))
-                    .map_err(|why| format!("cannot take the env of agents.{name} in rule {number}: {why}"))?;
+                check_env(&plain(agent.env.clone()))
+                    .map_err(|why| format!("cannot use the env of agents.{name} in rule {number}: {why}"))?;
                 if agent.version.is_some() {
-                    known.insert(name.clone());
-                } else if !known.contains(name) {
+                    with_version.insert(name.clone());
+                } else if !with_version.contains(name) {
                     return Err(format!(
-                        "cannot take agents.{name} in rule {number}: it has no version, neither there nor before"
+                        "cannot use agents.{name} in rule {number}: it has no version in the rule, in an earlier rule or in [agents]"
                     ));
                 }
             }
             rules.push(Rule { matches: rule.r#match, manager: rule.manager.version, agents: rule.agents });
         }
-        if known.iter().any(|name| name.as_str() == MANAGER_PACKAGE) {
-            return Err(format!("cannot take {MANAGER_PACKAGE} as a sub-agent: its version stands in [manager]"));
+        if with_version.iter().any(|name| name.as_str() == MANAGER_PACKAGE) {
+            return Err(format!("cannot use {MANAGER_PACKAGE} as a sub-agent: set its version in [manager]"));
         }
-        if known.len() > MAX_AGENTS {
-            return Err(format!("cannot take {} sub-agents: at most {MAX_AGENTS}", known.len()));
+        if with_version.len() > MAX_AGENTS {
+            return Err(format!("cannot use {} sub-agents: at most {MAX_AGENTS}", with_version.len()));
         }
         let (allow_removal, manager) = (written.allow_removal, written.manager.version);
         Ok(Fleet { interval, removal_delay, allow_removal, manager, agents, rules })
@@ -185,17 +185,17 @@ impl TryFrom<RawFleet> for Fleet {
 }
 
 impl RawAgent {
-    /// The order that it begins; `None`: it names no version.
-    fn begun(&self) -> Option<Order> {
+    /// A new order with these fields; `None`: it has no version.
+    fn to_order(&self) -> Option<Order> {
         let package = Package::new(self.version.clone()?);
         let mut order =
             Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: UnknownFields::new() };
-        self.change(&mut order);
+        self.apply_to(&mut order);
         Some(order)
     }
 
-    /// Changes what it says: fields, and variables of the environment one by one.
-    fn change(&self, order: &mut Order) {
+    /// Sets the fields given, and each environment variable given.
+    fn apply_to(&self, order: &mut Order) {
         let RawAgent { version, cmd, env, retry } = self.clone();
         if let Some(version) = version {
             order.package = Package::new(version);
@@ -210,22 +210,22 @@ fn plain(env: BTreeMap<EnvName, EnvValue>) -> Env {
     env.into_iter().map(|(name, value)| (name.0, value)).collect()
 }
 
-/// What no host could give to a sub-agent is not asked of it.
-fn settable(env: &Env) -> Result<(), String> {
+/// Whether a host can pass these variables to a sub-agent.
+fn check_env(env: &Env) -> Result<(), String> {
     env::check(env)?;
     match env.iter().find(|(_, value)| value.reveal().contains('\0')) {
-        Some((name, _)) => Err(format!("the value of {name} has a zero byte in it")),
+        Some((name, _)) => Err(format!("the value of {name} contains a zero byte")),
         None => Ok(()),
     }
 }
 
 impl Match {
-    /// An empty condition is far more often a slip than a wish, and the slip would hit the whole fleet, or nothing.
+    /// Rejects empty conditions: they are most likely a mistake, and would match all hosts or none.
     fn check(&self) -> Result<(), &'static str> {
         let given: Vec<&Vec<Glob>> =
             [&self.agent_id, &self.hostname, &self.os, &self.arch].into_iter().flatten().collect();
         if given.is_empty() {
-            return Err("it names nothing, and what is for every host stands in [agents]");
+            return Err("it names nothing; put what is for every host into [agents]");
         }
         if given.iter().any(|globs| globs.is_empty()) {
             return Err("an empty list matches no host");
@@ -233,7 +233,7 @@ impl Match {
         Ok(())
     }
 
-    fn holds(&self, host: &HostFacts) -> bool {
+    fn matches_host(&self, host: &HostFacts) -> bool {
         let any = |globs: &Option<Vec<Glob>>, text: &str| {
             globs.as_ref().is_none_or(|globs| globs.iter().any(|glob| glob.matches(text)))
         };
@@ -244,7 +244,7 @@ impl Match {
     }
 }
 
-/// What a rule can ask about a host.
+/// The facts about a host that rules can match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostFacts {
     pub agent_id: AgentId,
@@ -253,7 +253,7 @@ pub struct HostFacts {
     pub arch: Arch,
 }
 
-/// What is wanted of one host, whatever the depot has.
+/// The desired state of one host, whether or not the depot has the packages.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostDesired {
     pub manager: Option<Version>,
@@ -261,19 +261,20 @@ pub struct HostDesired {
 }
 
 impl Fleet {
-    /// What is wanted of `host`: the list for all, changed by each rule that matches, in their order.
+    /// The desired state of `host`: the list for all hosts, changed by each rule that matches, in the order of the rules.
     ///
-    /// A rule changes fields, and variables of the environment one by one; without a version it changes only what the host already has.
+    /// A rule changes single fields and single environment variables. Without a version it only changes a sub-agent that the host already
+    /// has.
     pub fn desired(&self, host: &HostFacts) -> HostDesired {
         let mut desired = HostDesired { manager: self.manager.clone(), agents: self.agents.clone() };
-        for rule in self.rules.iter().filter(|rule| rule.matches.holds(host)) {
+        for rule in self.rules.iter().filter(|rule| rule.matches.matches_host(host)) {
             if let Some(version) = &rule.manager {
                 desired.manager = Some(version.clone());
             }
             for (name, change) in &rule.agents {
                 if let Some(order) = desired.agents.get_mut(name) {
-                    change.change(order);
-                } else if let Some(order) = change.begun() {
+                    change.apply_to(order);
+                } else if let Some(order) = change.to_order() {
                     desired.agents.insert(name.clone(), order);
                 }
             }
@@ -281,19 +282,19 @@ impl Fleet {
         desired
     }
 
-    /// Every sub-agent that some host may have.
+    /// The names of all sub-agents, for any host.
     pub fn names(&self) -> BTreeSet<&AgentName> {
         self.agents.keys().chain(self.rules.iter().flat_map(|rule| rule.agents.keys())).collect()
     }
 
-    /// Whether a value of some environment is marked as secret.
+    /// Whether any environment variable is a secret.
     pub fn has_secrets(&self) -> bool {
         let everywhere = self.agents.values().flat_map(|order| order.spec.env.values());
         let somewhere = self.rules.iter().flat_map(|rule| rule.agents.values()).flat_map(|agent| agent.env.values());
         everywhere.chain(somewhere).any(EnvValue::is_secret)
     }
 
-    /// Every release that the file names, the manager's under the name of its package.
+    /// All releases that the file names, the manager's under its package name.
     pub fn releases(&self) -> BTreeSet<(&str, &Version)> {
         let managers = self.manager.iter().chain(self.rules.iter().filter_map(|rule| rule.manager.as_ref()));
         let everywhere = self.agents.iter().map(|(name, order)| (name.as_str(), &order.package.version));
@@ -304,18 +305,18 @@ impl Fleet {
     }
 }
 
-/// Why a well-formed file does not take the place of the last good one.
+/// Why a well-formed file may not replace the last good one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FleetRejection {
-    /// It names no sub-agent any more.
+    /// It no longer names any sub-agent.
     Empty,
-    /// It drops too many sub-agents: how many of how many, and some of their names.
+    /// It removes more than half of the sub-agents: `dropped` of `of`, and their names.
     Drops { dropped: usize, of: usize, names: Vec<AgentName> },
-    /// The same, seen from the hosts: rules can take a sub-agent from most hosts and still name it.
+    /// The same counted by hosts: a rule can remove a sub-agent from most hosts and still name it.
     DropsFromHosts { dropped: usize, of: usize },
-    /// Names a sub-agent or a version that no host can have: which, and why.
+    /// It names a reserved version.
     Reserved(String),
-    /// The depot has no package of these releases, for no os and arch.
+    /// The depot has no package of these releases for any os and arch.
     NoPackage(Vec<String>),
 }
 
@@ -323,27 +324,27 @@ impl fmt::Display for FleetRejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             FleetRejection::Empty => f.write_str(
-                "it names no sub-agent any more, which would not remove any: to stop one, write cmd = \"stop\"; to remove \
-                 some, keep the others",
+                "it no longer names any sub-agent, and an empty list removes none: to stop a sub-agent, set cmd = \"stop\"; to \
+                 remove some, keep the others",
             ),
             FleetRejection::Drops { dropped, of, names } => {
                 let names: Vec<&str> = names.iter().take(5).map(AgentName::as_str).collect();
                 let more = if *dropped > names.len() { ", …" } else { "" };
                 write!(
                     f,
-                    "it drops {dropped} of {of} sub-agents ({}{more}); if that is meant, write allowRemoval = true at the top",
+                    "it removes {dropped} of {of} sub-agents ({}{more}); to allow that, set allowRemoval = true at the top of the file",
                     names.join(", ")
                 )
             }
             FleetRejection::DropsFromHosts { dropped, of } => write!(
                 f,
-                "it takes {dropped} of {of} sub-agents from the hosts known now; if that is meant, write allowRemoval = true \
-                 at the top"
+                "it removes {dropped} of {of} sub-agents from the known hosts; to allow that, set allowRemoval = true at the top \
+                 of the file"
             ),
             FleetRejection::Reserved(why) => f.write_str(why),
             FleetRejection::NoPackage(releases) => write!(
                 f,
-                "the depot has no package of {}; publish it, or name another version",
+                "the depot has no package of {}; publish it, or choose another version",
                 releases.iter().take(5).cloned().collect::<Vec<_>>().join(", ")
             ),
         }
@@ -352,9 +353,9 @@ impl fmt::Display for FleetRejection {
 
 impl std::error::Error for FleetRejection {}
 
-/// Whether `new` may take the place of `last_good`. `hosts` are those known now, or a sample of them; `published` says whether the
-/// depot has a package of a release for any os and arch.
-pub fn judge(
+/// Whether `new` may replace `last_good`. `hosts` are the known hosts or a sample of them; `published` returns whether the depot has a
+/// package of a release for any os and arch.
+pub fn evaluate(
     new: &Fleet,
     last_good: Option<&Fleet>,
     hosts: &[HostFacts],
@@ -370,7 +371,7 @@ pub fn judge(
             if gone.len() * 2 > before.len() {
                 return Err(FleetRejection::Drops { dropped: gone.len(), of: before.len(), names: gone });
             }
-            let (dropped, of) = drops_from(hosts, last_good, new);
+            let (dropped, of) = removals_from(hosts, last_good, new);
             if dropped * 2 > of {
                 return Err(FleetRejection::DropsFromHosts { dropped, of });
             }
@@ -378,7 +379,7 @@ pub fn judge(
     }
     for (name, version) in new.releases().into_iter().filter(|(name, _)| *name != MANAGER_PACKAGE) {
         names::check_version(version)
-            .map_err(|why| FleetRejection::Reserved(format!("cannot take agents.{name}: {why}")))?;
+            .map_err(|why| FleetRejection::Reserved(format!("cannot use agents.{name}: {why}")))?;
     }
     let missing: Vec<String> = new
         .releases()
@@ -389,8 +390,8 @@ pub fn judge(
     if missing.is_empty() { Ok(()) } else { Err(FleetRejection::NoPackage(missing)) }
 }
 
-/// How many pairs of host and sub-agent would go, of how many.
-fn drops_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, usize) {
+/// The number of sub-agents that would be removed, and their total, each counted on every host.
+fn removals_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, usize) {
     let counts = hosts.iter().map(|host| {
         let (before, after) = (last_good.desired(host).agents, new.desired(host).agents);
         (before.keys().filter(|name| !after.contains_key(name)).count(), before.len())
@@ -398,31 +399,35 @@ fn drops_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, us
     counts.fold((0, 0), |(dropped, of), (d, o)| (dropped + d, of + o))
 }
 
-/// What one host is told: its desired state, in packages that the depot has for it.
+/// The desired state of one host as orders, limited to packages that the depot has for it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HostOrders {
     pub manager: Option<Package>,
     pub agents: Vec<AgentOrder>,
-    /// No sub-agent was left out.
+    /// No sub-agent was left out, and there is at least one.
     pub complete: bool,
-    /// What was left out, for an operator to read.
+    /// The packages missing in the depot, as a message to the operator.
     pub missing: Option<String>,
 }
 
-/// Puts the desired state of a host into orders. `offer` gives the package of a release for the host's os and arch.
-pub fn tell(desired: &HostDesired, host: &HostFacts, offer: impl Fn(&str, &Version) -> Option<Offer>) -> HostOrders {
+/// The orders for a host. `offer` returns the package of a release for the host's os and arch.
+pub fn orders_for(
+    desired: &HostDesired,
+    host: &HostFacts,
+    offer: impl Fn(&str, &Version) -> Option<Offer>,
+) -> HostOrders {
     let mut missing = Vec::new();
-    let mut take = |name: &str, version: &Version| {
+    let mut find = |name: &str, version: &Version| {
         let found = offer(name, version);
         if found.is_none() {
             missing.push(format!("{name} {version}"));
         }
         found
     };
-    let manager = desired.manager.as_ref().and_then(|version| take(MANAGER_PACKAGE, version)).map(Package::from);
+    let manager = desired.manager.as_ref().and_then(|version| find(MANAGER_PACKAGE, version)).map(Package::from);
     let mut agents = Vec::new();
     for (name, order) in &desired.agents {
-        let Some(offer) = take(name.as_str(), &order.package.version) else { continue };
+        let Some(offer) = find(name.as_str(), &order.package.version) else { continue };
         let (name, package, spec) = (name.clone(), Package::from(offer), order.spec.clone());
         agents.push(AgentOrder {
             name,
@@ -440,7 +445,7 @@ pub fn tell(desired: &HostDesired, host: &HostFacts, offer: impl Fn(&str, &Versi
     HostOrders { manager, agents, complete, missing }
 }
 
-/// The newest of the versions published, given in the order of their publication: by semver where both are semver, else by that order.
+/// The newest of the versions, which are given in the order of publication: by semver if both are semver, else by publication.
 pub fn newest<'a>(published: impl IntoIterator<Item = &'a Version>) -> Option<&'a Version> {
     published.into_iter().reduce(|best, next| match next.order(best) {
         Some(std::cmp::Ordering::Less) => best,

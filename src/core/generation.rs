@@ -1,38 +1,39 @@
-//! How far a generation is believed: it numbers a desired state and only grows, so one that was far ahead would be the last for good.
+//! How far ahead of the clocks a generation may be. A generation numbers a desired state and only grows, so accepting one far ahead would
+//! block all later ones.
 //!
-//! A generation is `max(previous + 1, unix milliseconds)` by its gateway's clock. None can therefore be far ahead of that clock, which the
-//! `Date` of an answer tells, but by a mistake, or by somebody's ill will. Clocks are wrong, too: a host may boot in 1970, a gateway may have
-//! been set back. So the three who meet a generation are not equally strict, and whatever one of them does not go on with is let go by the next:
+//! A generation is `max(previous + 1, unix milliseconds)` by its gateway's clock, which the `Date` header of an answer shows. A generation
+//! far ahead of that clock is therefore a mistake or an attack. Clocks can be wrong, too: a host may boot in 1970, and a gateway's clock
+//! may have been set back. So the three limits differ, and a number that one party does not continue is given up by the next:
 //!
 //! ```text
-//! a host takes none that is further ahead of the later of both clocks than      TAKEN      (or so far ahead of the one that it holds)
-//! a gateway goes on from none that a host says it holds, further ahead than     CONTINUED  (unless it gave that one itself)
-//! a host lets itself be led back from one that it holds, further ahead than     KEPT       (by the gateway's clock)
+//! MAX_AHEAD_ACCEPTED    a host accepts no generation further ahead of the later of both clocks, or of the generation that it holds
+//! MAX_AHEAD_CONTINUED   a gateway counts on from no generation that a host reports further ahead, unless it issued that one itself
+//! MAX_AHEAD_KEPT        a host that holds a generation further ahead of the gateway's clock accepts a lower one
 //! ```
 //!
-//! A clock that shows a time before this was written is no clock. Where there is none at all, the bound is [`GREATEST`] alone.
+//! A clock that shows a time before this code was written counts as not set. Without any set clock the only limit is [`GREATEST`].
 
 const DAY_MILLIS: u64 = 86_400_000;
 
-/// No generation reaches this: 2^53, up to which every language that a gateway may be written in counts exactly.
+/// Every generation is below this: 2^53, up to which a JSON number is exact in every language that a gateway may be written in.
 pub const GREATEST: u64 = 1 << 53;
-const TAKEN: u64 = 7 * DAY_MILLIS;
+const MAX_AHEAD_ACCEPTED: u64 = 7 * DAY_MILLIS;
 #[cfg(feature = "gateway")]
-const CONTINUED: u64 = 3 * DAY_MILLIS;
-const KEPT: u64 = DAY_MILLIS;
-/// 2025-01-01, unix milliseconds: a clock that shows less has never been set.
-const WRITTEN: u64 = 1_735_689_600_000;
+const MAX_AHEAD_CONTINUED: u64 = 3 * DAY_MILLIS;
+const MAX_AHEAD_KEPT: u64 = DAY_MILLIS;
+/// 2025-01-01, unix milliseconds: a clock that shows an earlier time was never set.
+const CLOCK_NEVER_SET_BEFORE: u64 = 1_735_689_600_000;
 
-/// What the clocks showed when an answer came, unix milliseconds.
+/// The clocks at the time of an answer, unix milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Clocks {
     pub host: u64,
-    /// Where the answer said it.
+    /// Absent: the answer had no `Date` header.
     pub gateway: Option<u64>,
 }
 
 impl Clocks {
-    /// By the host's clock, and the seconds by which that is ahead of the gateway's.
+    /// From the host's clock, and the seconds by which it is ahead of the gateway's.
     pub fn new(host: u64, ahead_seconds: Option<i64>) -> Clocks {
         let gateway =
             ahead_seconds.map(|ahead| host.saturating_add_signed(ahead.saturating_neg().saturating_mul(1_000)));
@@ -40,21 +41,21 @@ impl Clocks {
     }
 
     fn gateway(self) -> Option<u64> {
-        self.gateway.filter(|gateway| *gateway >= WRITTEN)
+        self.gateway.filter(|gateway| *gateway >= CLOCK_NEVER_SET_BEFORE)
     }
 
     fn host(self) -> Option<u64> {
-        Some(self.host).filter(|host| *host >= WRITTEN)
+        Some(self.host).filter(|host| *host >= CLOCK_NEVER_SET_BEFORE)
     }
 
-    /// The greatest generation that is taken where none is held.
-    fn taken(self) -> u64 {
-        below_greatest(self.gateway().max(self.host()), TAKEN)
+    /// The greatest generation that is accepted if none is held.
+    fn max_accepted(self) -> u64 {
+        below_greatest(self.gateway().max(self.host()), MAX_AHEAD_ACCEPTED)
     }
 
-    /// The greatest generation that is not given up for a lower one.
-    fn kept(self) -> u64 {
-        below_greatest(self.gateway().or(self.host()), KEPT)
+    /// The greatest held generation that is never given up for a lower one.
+    fn max_final(self) -> u64 {
+        below_greatest(self.gateway().or(self.host()), MAX_AHEAD_KEPT)
     }
 }
 
@@ -62,49 +63,49 @@ fn below_greatest(clock: Option<u64>, ahead: u64) -> u64 {
     clock.map_or(GREATEST - 1, |clock| clock.saturating_add(ahead).min(GREATEST - 1))
 }
 
-/// What a generation is to the one that is held.
+/// How a generation compares with the held one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GenerationOrder {
-    /// It comes after it.
+    /// It is higher.
     After,
-    /// It is lower, but what is held is further ahead than any clock explains.
+    /// It is lower, but the held one is further ahead than any clock explains.
     Back,
 }
 
-/// Judges a generation that comes with another content than the one `held` in its lineage, if one is.
-pub fn judge(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<GenerationOrder, String> {
-    let greatest = held.map_or(0, |held| held.saturating_add(TAKEN).min(GREATEST - 1)).max(clocks.taken());
+/// Evaluates the generation of a desired state whose content differs from the one `held` in its lineage, if there is one.
+pub fn evaluate(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<GenerationOrder, String> {
+    let greatest =
+        held.map_or(0, |held| held.saturating_add(MAX_AHEAD_ACCEPTED).min(GREATEST - 1)).max(clocks.max_accepted());
     match held {
         Some(held) if offered == held => {
-            Err(format!("cannot take generation {offered}: it came before with other content"))
+            Err(format!("cannot accept generation {offered}: it was accepted before with different content"))
         }
-        Some(held) if offered < held && (held <= clocks.kept() || offered > clocks.kept()) => {
-            Err(format!("cannot take generation {offered}: generation {held} is already held"))
+        Some(held) if offered < held && (held <= clocks.max_final() || offered > clocks.max_final()) => {
+            Err(format!("cannot accept generation {offered}: this host already holds generation {held}"))
         }
         Some(held) if offered < held => Ok(GenerationOrder::Back),
         _ if offered > greatest => Err(format!(
-            "cannot take generation {offered}: it is more than 7 days ahead of the clocks of this host and of the gateway; a \
-             generation is the time in unix milliseconds, or the one before it and one more"
+            "cannot accept generation {offered}: it is more than 7 days ahead of the clocks of this host and of the gateway; a \
+             generation is the time in unix milliseconds, or the previous generation plus one"
         )),
         _ => Ok(GenerationOrder::After),
     }
 }
 
-/// The generation of what a gateway tells a host.
+/// The generation of the desired state that a gateway sends to a host.
 ///
-/// It is kept while the content stays the same; another content gets a number that is greater than the `last` one given, than the one that
-/// the host holds (`held`, if it is of our lineage: our own record may be older than the host), and than any given before a loss of the
-/// record, since none is ahead of the clock for long. A host that says it holds what cannot be is not believed: the number would be given
-/// to whoever goes by that agent id.
+/// It stays the same while the content does. New content gets a number greater than the `last` one issued, than the one that the host holds
+/// (`held`, if it is of our lineage: our record may be older than the host's), and than any issued before the record was lost, since none
+/// is ahead of the clock for long. A reported generation that is too far ahead is ignored: any client that uses the agent id can report it.
 #[cfg(feature = "gateway")]
 pub fn next(last: Option<u64>, same_content: bool, held: Option<u64>, now_millis: u64) -> u64 {
-    let horizon = match now_millis >= WRITTEN {
-        true => below_greatest(Some(now_millis), CONTINUED),
+    let horizon = match now_millis >= CLOCK_NEVER_SET_BEFORE {
+        true => below_greatest(Some(now_millis), MAX_AHEAD_CONTINUED),
         false => GREATEST - 1,
     };
     let ours = |number: u64| number < GREATEST - 1 && last.is_some_and(|last| number <= last);
     let held = held.filter(|held| *held < horizon || ours(*held));
-    // One far ahead, of a clock that was set back since, goes on only for the host that has it.
+    // A number issued before the clock was set back is continued only for the host that holds it.
     let last = last.filter(|last| *last < horizon || held == Some(*last));
     match last {
         Some(last) if same_content && held.is_none_or(|held| held <= last) => last,
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gateways_clock_is_told_by_the_offset() {
+    fn the_gateways_clock_follows_from_the_offset() {
         assert_eq!(Clocks::new(NOW, None), clocks(NOW, None));
         assert_eq!(Clocks::new(NOW, Some(3_600)), clocks(NOW, Some(NOW - 3_600_000)));
         assert_eq!(Clocks::new(60_000, Some(-60)), clocks(60_000, Some(120_000)));
@@ -140,85 +141,94 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_far_ahead_is_taken_by_nobody_whatever_clock_is_wrong() {
+    fn a_generation_far_ahead_is_rejected_whichever_clock_is_wrong() {
         let far = [u64::MAX, u64::MAX - 1, GREATEST, NOW + YEAR, NOW + 8 * DAY_MILLIS];
         for right in [clocks(NOW, Some(NOW)), clocks(NOW, None), clocks(0, Some(NOW)), clocks(NOW, Some(0))] {
             for offered in far {
-                assert!(judge(None, offered, right).is_err(), "{offered} {right:?}");
-                assert!(judge(Some(5), offered, right).is_err(), "{offered} {right:?}");
+                assert!(evaluate(None, offered, right).is_err(), "{offered} {right:?}");
+                assert!(evaluate(Some(5), offered, right).is_err(), "{offered} {right:?}");
             }
             for offered in [1, NOW, NOW + DAY_MILLIS] {
-                assert_eq!(judge(None, offered, right), Ok(GenerationOrder::After), "{offered} {right:?}");
+                assert_eq!(evaluate(None, offered, right), Ok(GenerationOrder::After), "{offered} {right:?}");
             }
         }
-        // Of no clock, nothing is known but that there is an end.
+        // Without a set clock, only the absolute limit holds.
         for unset in [clocks(0, None), clocks(1, Some(1))] {
-            assert_eq!(judge(None, NOW, unset), Ok(GenerationOrder::After));
-            assert!(judge(None, GREATEST, unset).is_err() && judge(Some(GREATEST - 1), GREATEST, unset).is_err());
+            assert_eq!(evaluate(None, NOW, unset), Ok(GenerationOrder::After));
+            assert!(evaluate(None, GREATEST, unset).is_err() && evaluate(Some(GREATEST - 1), GREATEST, unset).is_err());
         }
     }
 
     #[test]
-    fn a_gateway_whose_clock_was_set_back_goes_on_counting() {
+    fn a_gateway_whose_clock_was_set_back_continues_its_numbers() {
         let ahead = NOW + YEAR;
         let now = clocks(NOW, Some(NOW));
-        assert_eq!(judge(Some(ahead), ahead + 1, now), Ok(GenerationOrder::After));
-        assert!(judge(Some(ahead), ahead + YEAR, now).is_err());
-        assert!(judge(Some(u64::MAX - 1), u64::MAX, now).is_err());
+        assert_eq!(evaluate(Some(ahead), ahead + 1, now), Ok(GenerationOrder::After));
+        assert!(evaluate(Some(ahead), ahead + YEAR, now).is_err());
+        assert!(evaluate(Some(u64::MAX - 1), u64::MAX, now).is_err());
     }
 
     #[test]
-    fn one_goes_back_only_from_what_no_clock_explains() {
+    fn a_lower_generation_is_accepted_only_if_no_clock_explains_the_held_one() {
         let now = clocks(NOW, Some(NOW));
         for (held, offered, clocks, expected) in [
             (u64::MAX, NOW, now, Some(GenerationOrder::Back)),
             (NOW + YEAR, 7, now, Some(GenerationOrder::Back)),
             (NOW + YEAR, NOW, clocks(NOW, None), Some(GenerationOrder::Back)),
-            // The gateway's clock counts, not the one of a host that is ahead.
+            // The gateway's clock counts, not that of a host that is ahead.
             (NOW + 2 * DAY_MILLIS, NOW, clocks(NOW + YEAR, Some(NOW)), Some(GenerationOrder::Back)),
             (NOW, NOW - 1, now, None),
             (NOW + DAY_MILLIS, NOW, now, None),
             (NOW + YEAR, NOW + YEAR - 1, now, None),
             (NOW, NOW, now, None),
             (u64::MAX, u64::MAX, now, None),
-            // A host that has just booted in 1970 knows nothing about what it holds.
+            // The clock of a host that has just booted in 1970 says nothing about the held generation.
             (NOW, NOW - 1, clocks(0, None), None),
             (u64::MAX, NOW, clocks(0, None), Some(GenerationOrder::Back)),
         ] {
-            assert_eq!(judge(Some(held), offered, clocks).ok(), expected, "{held} {offered} {clocks:?}");
+            assert_eq!(evaluate(Some(held), offered, clocks).ok(), expected, "{held} {offered} {clocks:?}");
         }
     }
 
     #[cfg(feature = "gateway")]
     #[test]
-    fn what_a_gateway_gives_is_taken_whatever_somebody_said_in_the_hosts_name() {
+    fn an_issued_generation_is_accepted_whatever_was_reported_in_the_hosts_name() {
         let now = clocks(NOW, Some(NOW));
-        for said in [u64::MAX, u64::MAX - 1, GREATEST - 1, NOW + YEAR, NOW + CONTINUED, NOW + CONTINUED - 1, NOW, 3] {
+        for reported in [
+            u64::MAX,
+            u64::MAX - 1,
+            GREATEST - 1,
+            NOW + YEAR,
+            NOW + MAX_AHEAD_CONTINUED,
+            NOW + MAX_AHEAD_CONTINUED - 1,
+            NOW,
+            3,
+        ] {
             for last in [None, Some(NOW - 5), Some(u64::MAX), Some(GREATEST - 1), Some(NOW + YEAR)] {
-                let given = next(last, false, Some(said), NOW);
-                if given > NOW + TAKEN {
-                    // It gave that one itself, before its clock was set back.
-                    assert!(given == said + 1 && last >= Some(said), "{said} {last:?}: {given}");
+                let given = next(last, false, Some(reported), NOW);
+                if given > NOW + MAX_AHEAD_ACCEPTED {
+                    // The gateway issued that one itself, before its clock was set back.
+                    assert!(given == reported + 1 && last >= Some(reported), "{reported} {last:?}: {given}");
                     continue;
                 }
-                // By the host, which holds the last one or something older.
-                for held in [None, Some(NOW - 9), last.filter(|last| *last < NOW + TAKEN)] {
+                // The host holds the last one issued, or an older one.
+                for held in [None, Some(NOW - 9), last.filter(|last| *last < NOW + MAX_AHEAD_ACCEPTED)] {
                     let unchanged = held == Some(given);
-                    assert!(unchanged || judge(held, given, now).is_ok(), "{said} {last:?} {held:?}: {given}");
+                    assert!(unchanged || evaluate(held, given, now).is_ok(), "{reported} {last:?} {held:?}: {given}");
                 }
-                // And by one that holds what it says.
-                assert!(judge(Some(said), given, now).is_ok(), "{said} {last:?}: {given}");
+                // The host holds the reported one.
+                assert!(evaluate(Some(reported), given, now).is_ok(), "{reported} {last:?}: {given}");
             }
         }
     }
 
     #[cfg(feature = "gateway")]
     #[test]
-    fn a_gateway_counts_on_from_what_it_gave_before_its_clock_was_set_back() {
+    fn a_gateway_continues_the_numbers_issued_before_its_clock_was_set_back() {
         let ahead = NOW + YEAR;
         assert_eq!(next(Some(ahead), true, Some(ahead), NOW), ahead);
         assert_eq!(next(Some(ahead), false, Some(ahead), NOW), ahead + 1);
-        // Another host of that id, or this one installed again.
+        // Another host with that id, or this one reinstalled.
         assert_eq!(next(Some(ahead), true, None, NOW), NOW);
         // Its own clock is not set yet.
         assert_eq!(next(None, false, Some(NOW), 1_000), NOW + 1);
@@ -226,14 +236,14 @@ mod tests {
 
     #[cfg(feature = "gateway")]
     #[test]
-    fn a_generation_is_kept_while_the_content_is_and_only_grows() {
+    fn a_generation_stays_with_its_content_and_only_grows() {
         assert_eq!(next(None, false, None, 1_000), 1_000);
         assert_eq!(next(Some(5), true, Some(5), 1_000), 5);
         assert_eq!(next(Some(5), true, None, 1_000), 5);
         assert_eq!(next(Some(5), false, Some(5), 1_000), 1_000);
-        // The clock stands behind.
+        // The clock is behind.
         assert_eq!(next(Some(2_000), false, Some(2_000), 1_000), 2_001);
-        // The record was restored from an older one, or lost: the host knows better.
+        // The record was lost, or restored from an older copy: the host holds a higher number.
         assert_eq!(next(Some(5), true, Some(3_000), 1_000), 3_001);
         assert_eq!(next(None, false, Some(3_000), 1_000), 3_001);
         assert_eq!(next(None, false, Some(u64::MAX), 1_000), 1_000);

@@ -1,25 +1,25 @@
-//! The globs of `fleet.toml`: `*` stands for any run of characters, `?` for one; everything else stands for itself.
+//! The globs of `fleet.toml`: `*` matches any run of characters, `?` matches one; every other character matches itself.
 //!
-//! Nothing is compiled and nothing backtracks more than one star, so that a file full of globs costs no memory and a hostile one no time.
+//! Nothing is compiled, and only the last star is backtracked: a file with many globs needs no memory, and a hostile one no time.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Beyond this a glob is a mistake: no agent id or host name is as long.
+/// Limit for a glob, characters: no agent id or host name is longer.
 const MAX_CHARS: usize = 255;
 
-/// A pattern that is known to be one.
+/// A valid pattern.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Glob(String);
 
 impl Glob {
-    /// Whether the whole of `text` is what the pattern says. ASCII letters count the same in either case: host names do.
+    /// Whether the pattern matches the whole `text`. ASCII letters match in either case, as in host names.
     pub fn matches(&self, text: &str) -> bool {
         let (pattern, text) = (self.0.as_bytes(), text.as_bytes());
         let (mut at, mut read) = (0, 0);
-        // Where to try again when the characters after the last star do not fit: the star, and how much it has taken.
+        // Where to retry if the characters after the last star do not match: the star, and the end of the text that it has matched.
         let mut star: Option<(usize, usize)> = None;
         while read < text.len() {
             match pattern.get(at) {
@@ -36,10 +36,10 @@ impl Glob {
                     read += 1;
                 }
                 _ => {
-                    let Some((place, taken)) = star else { return false };
-                    star = Some((place, taken + 1));
+                    let Some((place, end)) = star else { return false };
+                    star = Some((place, end + 1));
                     at = place + 1;
-                    read = taken + 1;
+                    read = end + 1;
                 }
             }
         }
@@ -47,7 +47,7 @@ impl Glob {
     }
 }
 
-/// Length of the character that begins at `at`, or 1 within one (a star may have taken a part of it).
+/// Length in bytes of the character at `at`, or of the rest of it (a star may have matched a part of it).
 fn char_len(text: &[u8], at: usize) -> usize {
     1 + text[at + 1..].iter().take_while(|byte| **byte & 0xC0 == 0x80).count()
 }
@@ -57,12 +57,15 @@ impl TryFrom<String> for Glob {
 
     fn try_from(pattern: String) -> Result<Glob, String> {
         if pattern.is_empty() || pattern.chars().count() > MAX_CHARS {
-            return Err(format!("cannot take a glob of {} characters: expected 1 to {MAX_CHARS}", pattern.len()));
+            return Err(format!(
+                "cannot use a glob of {} characters: expected 1 to {MAX_CHARS}",
+                pattern.chars().count()
+            ));
         }
-        // Refused instead of taken literally, for they have a meaning elsewhere and no place in what is matched here.
+        // Rejected, not matched literally: they are special in other globs, and no name here contains them.
         if let Some(odd) = pattern.chars().find(|c| "[]{}\\!".contains(*c) || c.is_control()) {
             return Err(format!(
-                "cannot take {pattern:?} as a glob: {odd:?} is not supported, only * and ? are special"
+                "cannot use {pattern:?} as a glob: {odd:?} is not supported; only * and ? are special"
             ));
         }
         Ok(Glob(pattern))
@@ -115,13 +118,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_special_elsewhere_is_refused_here() {
+    fn characters_that_are_special_in_other_globs_are_rejected() {
         for bad in ["", "[ab]", "{a,b}", "a\\*", "!a", "a\nb", &"a".repeat(256)] {
             assert!(Glob::try_from(bad.to_owned()).is_err(), "{bad:?}");
         }
     }
 
-    /// The definition, exponential and obvious.
+    /// The definition; obvious, but exponential.
     fn by_definition(pattern: &[char], text: &[char]) -> bool {
         match (pattern.first(), text.first()) {
             (None, None) => true,
@@ -136,7 +139,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_means_what_the_definition_says(pattern in "[abä*?]{1,8}", text in "[abä]{0,8}") {
+        fn a_match_agrees_with_the_definition(pattern in "[abä*?]{1,8}", text in "[abä]{0,8}") {
             let chars = |s: &str| s.chars().collect::<Vec<_>>();
             prop_assert_eq!(glob(&pattern).matches(&text), by_definition(&chars(&pattern), &chars(&text)));
         }

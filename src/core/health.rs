@@ -1,7 +1,7 @@
-//! `[health]` of an `agent.toml`: how a sub-agent is asked whether it is well, parsed once into what cannot be wrong any more.
+//! `[health]` of an `agent.toml`: how to check the health of a sub-agent.
 //!
-//! Exactly one of `http`, `tcp` and `exec`. Every bound is here: what is outside of one is refused by its name, when the package is published
-//! and again when it is staged.
+//! Exactly one of `http`, `tcp` and `exec`. All limits are defined here. A value outside of its limits is rejected with its name, when the
+//! package is published and again when it is staged.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,45 +17,45 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 const DEFAULT_FAILURES: u32 = 3;
 const DEFAULT_START_PERIOD: Duration = Duration::from_secs(30);
 
-/// Between two checks: more often would cost more than it tells.
+/// Limits of `interval`: more frequent checks would cost more than they are worth.
 const INTERVALS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
 const TIMEOUTS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(300));
-const MOST_FAILURES: u32 = 100;
-const LONGEST_START_PERIOD: Duration = Duration::from_secs(3600);
-/// Of a URL or an address, bytes.
-const MAX_TEXT: usize = 2048;
-const MAX_WORDS: usize = 256;
+const MAX_FAILURES: u32 = 100;
+const MAX_START_PERIOD: Duration = Duration::from_secs(3600);
+/// Limit for a URL, bytes.
+const MAX_URL_BYTES: usize = 2048;
+const MAX_ARGUMENTS: usize = 256;
 
 /// How a sub-agent's health is checked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "RawHealth")]
 pub struct HealthSpec {
     pub check: CheckTarget,
-    /// From the end of one check to the beginning of the next.
+    /// From the end of one check to the start of the next.
     pub interval: Duration,
-    /// A check that takes longer has failed.
+    /// A check that takes longer fails.
     pub timeout: Duration,
-    /// So many failures in a row make it be started again.
+    /// Number of consecutive failures that trigger a restart.
     pub failures: u32,
-    /// After its start, failures do not count for so long, or until the first check that succeeds.
+    /// Time after the start during which failures do not count; it ends with the first successful check.
     pub start_period: Duration,
 }
 
-/// What is asked.
+/// The target of the check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CheckTarget {
-    /// An answer of 2xx or 3xx to a GET.
+    /// Healthy: a GET returns 2xx or 3xx.
     Http(Url),
-    /// A connection that is accepted.
+    /// Healthy: a connection is accepted.
     Tcp(Address),
-    /// A program of the package, relative to it, and its arguments: exit code 0.
+    /// A program, relative to the package, and its arguments. Healthy: exit code 0.
     Exec(Vec<String>),
 }
 
 /// A host, as name or address, and a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
-    /// An IPv6 address without its brackets.
+    /// An IPv6 address is without brackets.
     pub host: String,
     pub port: u16,
 }
@@ -65,11 +65,11 @@ pub struct Address {
 pub struct Url {
     pub tls: bool,
     pub address: Address,
-    /// Path and query, from the slash on.
+    /// Path and query, with the leading slash.
     pub path: String,
 }
 
-/// As it stands in the file.
+/// The section as written.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawHealth {
@@ -95,12 +95,12 @@ impl TryFrom<RawHealth> for HealthSpec {
                 CheckTarget::Tcp(address.parse().map_err(|why| format!("[health] tcp {address:?} {why}"))?)
             }
             (None, None, Some(words)) => CheckTarget::Exec(program(words)?),
-            (None, None, None) => return Err("[health] says not what to check: give one of http, tcp, exec".into()),
-            _ => return Err("[health] gives more than one of http, tcp, exec: give one".into()),
+            (None, None, None) => return Err("[health] has no check: set one of http, tcp, exec".into()),
+            _ => return Err("[health] has more than one of http, tcp, exec: set only one".into()),
         };
         let failures = failures.unwrap_or(DEFAULT_FAILURES);
-        if !(1..=MOST_FAILURES).contains(&failures) {
-            return Err(format!("[health] failures is not within 1 and {MOST_FAILURES}"));
+        if !(1..=MAX_FAILURES).contains(&failures) {
+            return Err(format!("[health] failures must be from 1 to {MAX_FAILURES}"));
         }
         Ok(HealthSpec {
             check,
@@ -111,7 +111,7 @@ impl TryFrom<RawHealth> for HealthSpec {
                 "startPeriod",
                 start_period,
                 DEFAULT_START_PERIOD,
-                (Duration::ZERO, LONGEST_START_PERIOD),
+                (Duration::ZERO, MAX_START_PERIOD),
             )?,
         })
     }
@@ -128,17 +128,19 @@ fn within(
         return Ok(span);
     }
     let least = if least.is_zero() { "0s".to_owned() } else { Span(least).to_string() };
-    Err(format!("[health] {key} is not within {least} and {}", Span(most)))
+    Err(format!("[health] {key} must be from {least} to {}", Span(most)))
 }
 
 fn program(words: Vec<String>) -> Result<Vec<String>, String> {
     match words.first() {
-        None => Err("[health] exec is empty: give the program, relative to the package, and its arguments".into()),
+        None => Err("[health] exec is empty: set the program, relative to the package, and its arguments".into()),
         Some(program) if !stays_inside(program) => {
             Err(format!("[health] exec {program:?} is not a path inside the package"))
         }
-        _ if words.len() > MAX_WORDS => Err(format!("[health] exec has more than {MAX_WORDS} words")),
-        _ if words.iter().any(|word| word.contains('\0')) => Err("[health] exec has a word with a zero byte".into()),
+        _ if words.len() > MAX_ARGUMENTS => Err(format!("[health] exec has more than {MAX_ARGUMENTS} words")),
+        _ if words.iter().any(|word| word.contains('\0')) => {
+            Err("[health] exec has a word that contains a zero byte".into())
+        }
         _ => Ok(words),
     }
 }
@@ -158,7 +160,7 @@ impl FromStr for Url {
 
     fn from_str(text: &str) -> Result<Url, &'static str> {
         const WRONG: &str = "is not an http:// or https:// URL, such as \"http://127.0.0.1:9100/healthz\"";
-        let visible = text.len() <= MAX_TEXT && text.chars().all(|c| c.is_ascii_graphic()) && !text.contains('#');
+        let visible = text.len() <= MAX_URL_BYTES && text.chars().all(|c| c.is_ascii_graphic()) && !text.contains('#');
         let (tls, rest) = match (text.strip_prefix("http://"), text.strip_prefix("https://")) {
             (Some(rest), _) if visible => (false, rest),
             (_, Some(rest)) if visible => (true, rest),
@@ -166,7 +168,7 @@ impl FromStr for Url {
         };
         let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
-        // The last colon of a bracketed address without a port is not a port's.
+        // In a bracketed address without a port, the last colon does not begin a port.
         let (host, port) = match authority.rsplit_once(':') {
             Some((host, port)) if !port.ends_with(']') => (host, port_of(port).ok_or(WRONG)?),
             _ => (authority, if tls { 443 } else { 80 }),
@@ -215,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_said_has_sensible_defaults() {
+    fn keys_that_are_absent_have_defaults() {
         let health = read(r#"tcp = "localhost:80""#).unwrap();
         assert_eq!(health.check, CheckTarget::Tcp(Address { host: "localhost".into(), port: 80 }));
         let seconds = [health.interval, health.timeout, health.start_period].map(|span| span.as_secs());
@@ -228,10 +230,10 @@ mod tests {
     }
 
     #[test]
-    fn exactly_one_thing_is_checked() {
+    fn exactly_one_check_is_required() {
         for (text, why) in [
-            ("", "give one of http, tcp, exec"),
-            ("interval = 5", "give one of http, tcp, exec"),
+            ("", "set one of http, tcp, exec"),
+            ("interval = 5", "set one of http, tcp, exec"),
             ("tcp = \"a:1\"\nhttp = \"http://a\"", "more than one"),
             ("tcp = \"a:1\"\nexec = [\"x\"]", "more than one"),
         ] {
@@ -240,15 +242,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_bounds_is_refused_by_its_name() {
+    fn a_value_outside_of_its_limits_is_rejected_by_its_name() {
         for (line, name) in [
-            ("interval = \"900ms\"", "interval is not within 1s and 1h"),
+            ("interval = \"900ms\"", "interval must be from 1s to 1h"),
             ("interval = \"2h\"", "interval"),
-            ("timeout = 0", "timeout is not within 100ms and 5m"),
+            ("timeout = 0", "timeout must be from 100ms to 5m"),
             ("timeout = \"301s\"", "timeout"),
-            ("failures = 0", "failures is not within 1 and 100"),
+            ("failures = 0", "failures must be from 1 to 100"),
             ("failures = 101", "failures"),
-            ("startPeriod = \"3601s\"", "startPeriod is not within 0s and 1h"),
+            ("startPeriod = \"3601s\"", "startPeriod must be from 0s to 1h"),
             ("retries = 3", "unknown field `retries`"),
         ] {
             let error = read(&format!("tcp = \"a:1\"\n{line}")).unwrap_err();
@@ -257,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_and_urls_are_read_or_refused() {
+    fn addresses_and_urls_are_parsed_or_rejected() {
         for (text, host, port) in
             [("a-b.c:1", "a-b.c", 1), ("[::1]:65535", "::1", 65535), ("10.0.0.1:80", "10.0.0.1", 80)]
         {
@@ -277,7 +279,7 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Url>().unwrap().to_string(), shown);
         }
-        let long = format!("http://a/{}", "x".repeat(MAX_TEXT));
+        let long = format!("http://a/{}", "x".repeat(MAX_URL_BYTES));
         for bad in [
             "",
             "a",
@@ -296,9 +298,9 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// No text panics, and what is taken reads back as itself.
+        /// No text panics, and an accepted one parses back to the same value.
         #[test]
-        fn what_is_taken_reads_back(text in "(https?://)?[\\[\\]a-z0-9.:/?#@ é-]{0,24}") {
+        fn an_accepted_url_or_address_parses_back(text in "(https?://)?[\\[\\]a-z0-9.:/?#@ é-]{0,24}") {
             if let Ok(url) = text.parse::<Url>() {
                 assert_eq!(url.to_string().parse(), Ok(url));
             }
@@ -309,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_checks_is_one_of_the_package() {
+    fn the_program_of_a_check_is_inside_the_package() {
         for bad in [r#"exec = []"#, r#"exec = ["/bin/true"]"#, r#"exec = ["../x"]"#, r#"exec = ["x", "\u0000"]"#] {
             assert!(read(bad).unwrap_err().contains("[health] exec"), "{bad}");
         }

@@ -1,7 +1,7 @@
-//! One item of a message, read by itself: what cannot be read of it costs no other item.
+//! One item of a message, parsed on its own: an item that cannot be read does not affect the others.
 //!
-//! A later version may send a kind of value that this one does not know. A message that failed as a whole for it would stop every older
-//! host, so what a message lists is read item by item: one that does not fit is refused alone, with its name where that can be read.
+//! A later version may send a kind of value that this version does not support. If the whole message failed for that, it would stop every
+//! older host. So lists are parsed item by item, and an invalid item is rejected alone, with its name if that can be read.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -14,7 +14,7 @@ use super::model::AgentName;
 use super::text::cut;
 use super::unknown::AnyValue;
 
-/// Of the reason that an item cannot be read, so much is kept, bytes.
+/// Limit for the reason why an item cannot be read, bytes.
 const MAX_WHY_BYTES: usize = 300;
 
 /// An item of a message.
@@ -27,15 +27,15 @@ pub enum MessageItem<T> {
 /// An item that this version cannot read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unreadable {
-    /// Whom it is about; `None`: that cannot be read either.
+    /// The name of the sub-agent; `None`: it cannot be read either.
     pub name: Option<AgentName>,
     pub why: String,
-    /// Tells it from another one that cannot be read for the same reason.
-    pub mark: u64,
+    /// Distinguishes it from another item that cannot be read for the same reason.
+    pub hash: u64,
 }
 
-/// Tells one content from another, on one host and by one build of the program: for whether it came before.
-pub fn mark(content: &impl fmt::Debug) -> u64 {
+/// A hash that distinguishes contents, to recognize a repeated one. Valid on one host and for one build of the program.
+pub fn content_hash(content: &impl fmt::Debug) -> u64 {
     let mut hasher = DefaultHasher::new();
     format!("{content:?}").hash(&mut hasher);
     hasher.finish()
@@ -66,20 +66,20 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for MessageItem<T> {
             },
             _ => None,
         };
-        let mark = mark(&value);
+        let hash = content_hash(&value);
         Ok(match read(value) {
             Ok(item) => MessageItem::Read(item),
-            Err(why) => MessageItem::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), mark }),
+            Err(why) => MessageItem::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), hash }),
         })
     }
 }
 
-/// An error never quotes a value of `env`, which may be a secret in a notation that is not known.
+/// Parses an item. An error never quotes a value of `env`, which may be a secret in an unknown notation.
 fn read<T: DeserializeOwned>(value: AnyValue) -> Result<T, String> {
     if let AnyValue::Map(fields) = &value
         && !matches!(fields.get("env"), None | Some(AnyValue::Map(_)))
     {
-        return Err("cannot read env: expected variables by their names".to_owned());
+        return Err("cannot read env: expected a table of variables by name".to_owned());
     }
     T::deserialize(value).map_err(|error| error.to_string())
 }
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn an_item_is_read_as_it_would_be_alone() {
+    fn an_item_is_read_like_the_type_itself() {
         let json = r#"{"name":"a","version":"1","file":null,"size":7,"env":{"A":"b","T":{"secret":"s"}},"retry":2,
             "cmd":"stop","later":{"of":[1,-1,1.5,null,true,"x"]}}"#;
         let alone: AgentOrder = serde_json::from_str(json).unwrap();
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_cannot_be_read_says_whom_it_is_about_and_why_and_shows_no_secret() {
+    fn an_unreadable_item_has_a_name_and_a_reason_and_shows_no_secret() {
         for (json, name, words) in [
             (r#"{"name":"a","version":"1","env":{"X":8675309}}"#, Some("a"), "value of a variable"),
             (r#"{"name":"a","version":"1","env":{"X":{"vault":"8675309"}}}"#, Some("a"), "value of a variable"),

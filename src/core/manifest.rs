@@ -1,6 +1,6 @@
-//! `agent.toml`: what a native sub-agent's package says about itself.
+//! `agent.toml`: the manifest of a native sub-agent's package.
 //!
-//! Unknown keys are refused, so that a package that relies on something this version does not do is not run as if it did.
+//! Unknown keys are rejected: a package that relies on a feature that this version does not have must not run without it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,14 +15,14 @@ use super::units::Span;
 
 /// The file's name, at the root of a package.
 pub const MANIFEST: &str = "agent.toml";
-/// The executable at the root of a package of the older kind: `start`, `stop`, `status`, perhaps `pid`.
+/// The executable at the root of a package of the older kind. It supports `start`, `stop`, `status`, and perhaps `pid`.
 pub const CONTROL_SCRIPT: &str = "control";
 
-const DEFAULT_GRACE: Duration = Duration::from_secs(10);
-/// The stop of a whole home waits for the slowest sub-agent, and the shutdown of the host for that.
-const LONGEST_GRACE: Duration = Duration::from_secs(600);
-/// An upgrade comes to its end within a quarter of an hour.
-const LONGEST_PROBATION: Duration = Duration::from_secs(600);
+const DEFAULT_GRACE_PERIOD: Duration = Duration::from_secs(10);
+/// Limit of `gracePeriod`: the stop of a home waits for the slowest sub-agent, and the shutdown of the host waits for that stop.
+const MAX_GRACE_PERIOD: Duration = Duration::from_secs(600);
+/// Limit of `probation`: an upgrade completes within 15 minutes.
+const MAX_PROBATION: Duration = Duration::from_secs(600);
 
 /// A native sub-agent's manifest.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -31,7 +31,7 @@ pub struct Manifest {
     pub name: AgentName,
     pub version: Version,
     pub run: RunSection,
-    /// Absent: that its process runs is all that is asked of it.
+    /// Absent: it is healthy while its process runs.
     #[serde(default)]
     pub health: Option<HealthSpec>,
     #[serde(default)]
@@ -44,7 +44,7 @@ pub struct Manifest {
 pub struct RunSection {
     /// The program, relative to the release's directory, and its arguments.
     pub command: Vec<String>,
-    /// Whom it runs as; absent: whoever the manager runs as.
+    /// The user that it runs as; absent: the manager's.
     #[serde(default)]
     pub user: Option<String>,
     /// Relative to the release's directory; absent: that directory.
@@ -52,32 +52,32 @@ pub struct RunSection {
     pub workdir: Option<String>,
     #[serde(default)]
     pub stop_signal: StopSignal,
-    /// From the stop signal to the kill.
+    /// Time from the stop signal to the kill.
     #[serde(default)]
     pub grace_period: Option<Span>,
     #[serde(default)]
     pub restart: Restart,
     #[serde(default)]
     pub kill_mode: KillMode,
-    /// A new release has to run for so long before it is committed.
+    /// Time that a new release must run before it is committed.
     #[serde(default)]
     pub probation: Option<Span>,
-    /// Variables that the gateway may set although they are refused otherwise.
+    /// Environment variables that the gateway may set although they are refused by default.
     #[serde(default)]
     pub env_allow: Vec<String>,
 }
 
 impl RunSection {
     pub fn grace(&self) -> Duration {
-        self.grace_period.map_or(DEFAULT_GRACE, |span| span.0)
+        self.grace_period.map_or(DEFAULT_GRACE_PERIOD, |span| span.0)
     }
 }
 
 impl Manifest {
-    /// What serde cannot say: the command is there and stays inside the release.
+    /// Checks what serde cannot: that paths stay inside the package, and that values are within their limits.
     pub fn check(&self) -> Result<(), String> {
         let Some(program) = self.run.command.first() else {
-            return Err("[run] command is empty: give the program, relative to the package, and its arguments".into());
+            return Err("[run] command is empty: set the program, relative to the package, and its arguments".into());
         };
         for (key, path) in [("command", Some(program)), ("workdir", self.run.workdir.as_ref())] {
             if let Some(path) = path
@@ -86,26 +86,26 @@ impl Manifest {
                 return Err(format!("[run] {key} {path:?} is not a path inside the package"));
             }
         }
-        if self.run.grace() > LONGEST_GRACE {
-            return Err(format!("[run] gracePeriod is longer than {} minutes", LONGEST_GRACE.as_secs() / 60));
+        if self.run.grace() > MAX_GRACE_PERIOD {
+            return Err(format!("[run] gracePeriod is longer than {} minutes", MAX_GRACE_PERIOD.as_secs() / 60));
         }
-        if self.run.probation.is_some_and(|probation| probation.0 > LONGEST_PROBATION) {
-            return Err(format!("[run] probation is longer than {} minutes", LONGEST_PROBATION.as_secs() / 60));
+        if self.run.probation.is_some_and(|probation| probation.0 > MAX_PROBATION) {
+            return Err(format!("[run] probation is longer than {} minutes", MAX_PROBATION.as_secs() / 60));
         }
         if let Some(name) = self.env.keys().find(|name| !is_variable_name(name)) {
-            return Err(format!("[env] {name:?} is not the name of a variable"));
+            return Err(format!("[env] {name:?} is not a valid name of an environment variable"));
         }
         Ok(())
     }
 }
 
-/// Whether a name can stand left of the `=` of an environment.
+/// Whether this is a valid name of an environment variable.
 pub fn is_variable_name(name: &str) -> bool {
     name.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_')
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
-/// The signal that asks a sub-agent to end.
+/// The signal that stops a sub-agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum StopSignal {
@@ -119,8 +119,8 @@ pub enum StopSignal {
     Kill,
 }
 
-/// When a sub-agent that ended by itself is started again. To be unhealthy for too long is a failure; with `never`, it is shown and the
-/// sub-agent left as it is.
+/// When a sub-agent that exited is restarted. Repeated failures of its health check count as a failure; with `never`, they are shown and
+/// the sub-agent keeps running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Restart {
@@ -130,18 +130,19 @@ pub enum Restart {
     Never,
 }
 
-/// What a stop ends.
+/// What a stop kills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum KillMode {
-    /// The whole tree of processes.
+    /// The whole process tree.
     #[default]
     Tree,
-    /// The main process alone: what it launched is somebody else's.
+    /// The main process only: the programs that it started belong to the customer.
     Process,
 }
 
-/// Variables that change what a program loads, which program runs, or whether it checks whom it talks to; the gateway's environment is not signed, so it may not set them.
+/// Variables that change which code a program loads, which program runs, or whether it verifies its peers. The environment from the gateway
+/// is not signed, so it may not set them.
 const REFUSED: &[&str] = &[
     "BASH_ENV",
     "ENV",
@@ -173,7 +174,7 @@ const REFUSED: &[&str] = &[
     "PATHEXT",
     "SYSTEMROOT",
     "WINDIR",
-    // Orders, code and configuration of tools that scripts call.
+    // Options, code and configuration of tools that scripts call.
     "TAR_OPTIONS",
     "LESSOPEN",
     "LESSCLOSE",
@@ -183,7 +184,7 @@ const REFUSED: &[&str] = &[
     "CURL_HOME",
     "WGETRC",
     "SYSTEM_WGETRC",
-    // Whether it trusts anybody, and who hears along.
+    // Disable certificate checks, or reveal session keys.
     "NODE_TLS_REJECT_UNAUTHORIZED",
     "SSLKEYLOGFILE",
 ];
@@ -205,16 +206,16 @@ const REFUSED_PREFIXES: &[&str] = &[
     "GIT_",
 ];
 
-/// Splits the gateway's variables into those that a package lets it set and the names of the others: what chooses the code that runs, and
-/// what no program could be started with.
+/// Splits the gateway's variables into those that may be set, and the names of the refused ones: variables that choose the code that runs
+/// and that the package does not allow, and invalid ones.
 pub fn admit_env<'a>(wanted: &'a Env, allowed: &[String]) -> (BTreeMap<&'a str, &'a str>, Vec<&'a str>) {
     let refused = |name: &str, value: &str| {
         let upper = name.to_ascii_uppercase();
         let dangerous =
             REFUSED.contains(&upper.as_str()) || REFUSED_PREFIXES.iter().any(|prefix| upper.starts_with(prefix));
         let ours = upper.starts_with("AOPS_");
-        let is_none = !is_variable_name(name) || name.len() > MAX_NAME_BYTES || value.contains('\0');
-        is_none || (dangerous && (ours || !allowed.iter().any(|allowed| allowed == name)))
+        let is_invalid = !is_variable_name(name) || name.len() > MAX_NAME_BYTES || value.contains('\0');
+        is_invalid || (dangerous && (ours || !allowed.iter().any(|allowed| allowed == name)))
     };
     let pairs = wanted.iter().map(|(name, value)| (name.as_str(), value.reveal()));
     let (names, admitted): (Vec<_>, Vec<_>) = pairs.partition(|(name, value)| refused(name, value));
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gateway_cannot_choose_what_a_program_loads() {
+    fn the_gateway_cannot_choose_the_code_that_a_program_loads() {
         let wanted: Env = ["LD_PRELOAD", "PATH", "PYTHONPATH", "AOPS_HOME", "ld_audit", "a b", "GOGC", "BASH_ENV"]
             .into_iter()
             .map(|name| (name.to_owned(), "x".into()))
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_program_could_be_started_with_is_left_out() {
+    fn invalid_variables_are_refused() {
         let wanted: Env = [
             ("", "x".to_owned()),
             ("A=B", "x".to_owned()),

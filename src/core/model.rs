@@ -1,7 +1,7 @@
-//! The words of the system as types that can hold nothing else.
+//! The basic values of the system as types that hold valid values only.
 //!
-//! A value is parsed once, where it enters, and is then known to be harmless: an [`AgentName`] or a [`Version`] cannot leave the
-//! directory it is joined to, a [`Digest`] is always 64 lower-case hexadecimal digits.
+//! A value is parsed once, where it enters the program, and is safe to use from then on: an [`AgentName`] or a [`Version`] cannot leave the
+//! directory that it is joined to, and a [`Digest`] is always 64 lower-case hexadecimal digits.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +13,7 @@ use super::text::hex;
 /// The name of the manager's own package.
 pub const MANAGER_PACKAGE: &str = "aops-spm";
 
-/// Why a word was refused: what it should have been, and what it was.
+/// Why a value was rejected: the expected format, and the value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidValue {
     what: &'static str,
@@ -30,15 +30,15 @@ impl InvalidValue {
 impl fmt::Display for InvalidValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown: String = self.got.chars().take(80).collect();
-        write!(f, "cannot take {shown:?} as {}: expected {}", self.what, self.expected)
+        write!(f, "cannot use {shown:?} as {}: expected {}", self.what, self.expected)
     }
 }
 
 impl std::error::Error for InvalidValue {}
 
-/// Defines a string that is checked on every way in: `FromStr`, `TryFrom<String>` and serde. The pattern says the same in the protocol's
-/// schema, for those who cannot call us.
-macro_rules! word {
+/// Defines a string type that is validated by `FromStr`, `TryFrom<String>` and serde. The pattern states the same rule in the protocol's
+/// schema.
+macro_rules! validated_string {
     ($(#[$doc:meta])* $name:ident, $what:literal, $expected:literal, $pattern:literal, $accepts:expr) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -89,36 +89,37 @@ macro_rules! word {
     };
 }
 
-word!(
+validated_string!(
     /// The name of a sub-agent, and of its package: `[a-z0-9][a-z0-9._-]{0,63}`.
     AgentName,
     "the name of a sub-agent",
     "1 to 64 of a-z 0-9 . _ - beginning with a letter or digit",
     "^[a-z0-9][a-z0-9._-]{0,63}$",
-    |s| word_of(s, 64, |c| c.is_ascii_lowercase() || c.is_ascii_digit(), |c| {
+    |s| is_made_of(s, 64, |c| c.is_ascii_lowercase() || c.is_ascii_digit(), |c| {
         c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-')
     })
 );
 
-word!(
-    /// A version: `[A-Za-z0-9][A-Za-z0-9.+-]{0,63}`. Need not be semver: compared for equality, ordered only where both are.
+validated_string!(
+    /// A version: `[A-Za-z0-9][A-Za-z0-9.+-]{0,63}`. It need not be semver. Versions are compared for equality, and ordered only if both
+    /// are semver.
     Version,
     "a version",
     "1 to 64 of A-Z a-z 0-9 . + - beginning with a letter or digit",
     "^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$",
-    |s| word_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '+' | '-'))
+    |s| is_made_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '+' | '-'))
 );
 
-word!(
-    /// The identity that a host was given at install: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`.
+validated_string!(
+    /// The id given to a host at install: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`.
     AgentId,
     "an agent id",
     "1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit",
     "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-    |s| word_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+    |s| is_made_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
 );
 
-word!(
+validated_string!(
     /// A SHA-256 in 64 lower-case hexadecimal digits.
     Digest,
     "a SHA-256",
@@ -133,12 +134,12 @@ impl From<[u8; 32]> for Digest {
     }
 }
 
-fn word_of(s: &str, max: usize, first: fn(char) -> bool, rest: fn(char) -> bool) -> bool {
+fn is_made_of(s: &str, max: usize, first: fn(char) -> bool, rest: fn(char) -> bool) -> bool {
     s.len() <= max && s.chars().next().is_some_and(first) && s.chars().all(rest)
 }
 
 impl Version {
-    /// How two versions are ordered: only where both are semver.
+    /// The order of two versions; `None` unless both are semver.
     pub fn order(&self, other: &Version) -> Option<std::cmp::Ordering> {
         let ours = semver::Version::parse(&self.0).ok()?;
         let theirs = semver::Version::parse(&other.0).ok()?;
@@ -146,8 +147,8 @@ impl Version {
     }
 }
 
-/// Defines an enum of fixed words with `Display`, `FromStr` and serde in the same spelling.
-macro_rules! words {
+/// Defines an enum of fixed values with `Display`, `FromStr` and serde in the same spelling.
+macro_rules! string_enum {
     ($(#[$doc:meta])* $name:ident, $what:literal, $expected:literal { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -155,7 +156,7 @@ macro_rules! words {
         pub enum $name { $($(#[$vdoc])* #[serde(rename = $text)] $variant),+ }
 
         impl $name {
-            #[cfg_attr(not(feature = "gateway"), allow(dead_code, reason = "the gateway alone goes through all of some"))]
+            #[cfg_attr(not(feature = "gateway"), allow(dead_code, reason = "only the gateway iterates over some of them"))]
             pub const ALL: &'static [$name] = &[$($name::$variant),+];
 
             pub fn as_str(self) -> &'static str {
@@ -182,22 +183,22 @@ macro_rules! words {
     };
 }
 
-words!(
+string_enum!(
     /// The operating system that a package is for.
     Os, "an operating system", "linux or windows" { Linux = "linux", Windows = "windows" }
 );
 
-words!(
+string_enum!(
     /// The processor architecture that a package is for.
     Arch, "an architecture", "amd64, 386 or arm64" { Amd64 = "amd64", I386 = "386", Arm64 = "arm64" }
 );
 
-words!(
-    /// How a package is packed; also the end of its file's name.
-    Packing, "a kind of archive", "tar.zst, tar.gz or zip" { TarZst = "tar.zst", TarGz = "tar.gz", Zip = "zip" }
+string_enum!(
+    /// The archive format of a package; also its file extension.
+    Packing, "an archive format", "tar.zst, tar.gz or zip" { TarZst = "tar.zst", TarGz = "tar.gz", Zip = "zip" }
 );
 
-/// What a package is, as its file name and its signed comment say.
+/// The contents of a package, as stated by its file name and its signed comment.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Release {
     pub name: AgentName,
@@ -212,7 +213,7 @@ impl Release {
         format!("{}-{}_{}_{}.{packing}", self.name, self.version, self.os, self.arch)
     }
 
-    /// Which packing a file name says, if it is this release's file at all.
+    /// The archive format of a file name; `None`: it is not a file of this release.
     pub fn packing_of(&self, file: &str) -> Option<Packing> {
         Packing::ALL.iter().copied().find(|packing| self.file_name(*packing) == file)
     }
@@ -224,13 +225,13 @@ impl fmt::Display for Release {
     }
 }
 
-/// What a package's signature binds its bytes to: the trusted comment `name=… version=… os=… arch=… epoch=…`.
+/// The release that a signature binds a package to, from its trusted comment `name=… version=… os=… arch=… epoch=…`.
 ///
-/// The comment is covered by the signature, the file's name is not; so it is the comment that counts.
+/// The signature covers this comment and not the file name, so the comment decides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
     pub release: Release,
-    /// Only grows: a host that has committed epoch n of a name refuses a lower one.
+    /// Only grows: a host that has committed a package with this epoch rejects lower epochs of the same name.
     pub epoch: u64,
 }
 
@@ -244,9 +245,9 @@ impl fmt::Display for Binding {
 impl FromStr for Binding {
     type Err = InvalidValue;
 
-    /// Each of the five fields exactly once, in any order; fields with other names are left for later versions.
+    /// Each of the five fields exactly once, in any order. Other fields are ignored; later versions may define them.
     fn from_str(comment: &str) -> Result<Self, InvalidValue> {
-        let refused = || InvalidValue {
+        let invalid = || InvalidValue {
             what: "a package's signed comment",
             expected: "name=… version=… os=… arch=… epoch=…, each once",
             got: comment.to_owned(),
@@ -255,7 +256,7 @@ impl FromStr for Binding {
             let mut values = comment.split_whitespace().filter_map(|word| word.strip_prefix(key)?.strip_prefix('='));
             match (values.next(), values.next()) {
                 (Some(value), None) => Ok(value),
-                _ => Err(refused()),
+                _ => Err(invalid()),
             }
         };
         Ok(Binding {
@@ -265,7 +266,7 @@ impl FromStr for Binding {
                 os: field("os")?.parse()?,
                 arch: field("arch")?.parse()?,
             },
-            epoch: field("epoch")?.parse().map_err(|_| refused())?,
+            epoch: field("epoch")?.parse().map_err(|_| invalid())?,
         })
     }
 }
@@ -301,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_binding_reads_back_what_it_wrote_and_refuses_doubled_fields() {
+    fn a_binding_parses_back_and_duplicate_fields_are_rejected() {
         let text = "name=node-exporter version=1.5.0 os=linux arch=amd64 epoch=7";
         let binding: Binding = text.parse().unwrap();
         assert_eq!(binding.to_string(), text);
@@ -311,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_release_knows_its_own_files() {
+    fn the_archive_format_follows_from_the_file_name() {
         let release = Release {
             name: "a-b".parse().unwrap(),
             version: "1.0-2".parse().unwrap(),
@@ -324,9 +325,9 @@ mod tests {
     }
 
     proptest! {
-        /// A comment that binds, binds to one thing alone.
+        /// A valid comment binds to exactly one release.
         #[test]
-        fn a_binding_means_what_it_says(words in prop::collection::vec("(name|version|os|arch|epoch|x)=(a|1|linux|windows|386|amd64)", 0..8)) {
+        fn a_binding_has_the_values_of_its_comment(words in prop::collection::vec("(name|version|os|arch|epoch|x)=(a|1|linux|windows|386|amd64)", 0..8)) {
             let comment = words.join(" ");
             if let Ok(binding) = comment.parse::<Binding>() {
                 prop_assert_eq!(binding.to_string().parse::<Binding>(), Ok(binding.clone()));
@@ -338,9 +339,9 @@ mod tests {
             }
         }
 
-        /// Names and versions are single components of a path, whatever came in.
+        /// Names and versions are single path components, whatever the input.
         #[test]
-        fn words_are_components(text in "[a-zA-Z0-9._+/\\\\ -]{0,8}") {
+        fn names_and_versions_are_single_path_components(text in "[a-zA-Z0-9._+/\\\\ -]{0,8}") {
             let words = [
                 text.parse::<AgentName>().map(String::from),
                 text.parse::<Version>().map(String::from),

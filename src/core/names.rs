@@ -1,40 +1,39 @@
-//! Where a release lies on a host, `agents/<name>/<version>`: which names and versions can have a place of their own there.
+//! Names and versions that can be used for the directory of a release, `agents/<name>/<version>`.
 //!
-//! A name or a version alone is harmless wherever it is joined to a path ([`model`](super::model)). Beside names of ours, or on a file
-//! system that sees two names as one, it is not: it would take the place of something else. The same is refused where a package is
-//! published and where it is to be installed.
+//! Any [`AgentName`] or [`Version`] is a safe path component. But next to file names of this program, or on a file system that treats two
+//! names as the same, it could replace something else. Such names are rejected when a package is published and when it is installed.
 
 use super::model::{AgentName, MANAGER_PACKAGE, Os, Release, Version};
 
-/// Beside a sub-agent's releases: the link, or on Windows the file, that names the active one.
+/// In the directory of a sub-agent: the link (on Windows a file) that names the active release.
 pub const CURRENT: &str = "current";
-/// What NTFS counts names in, at most so many.
+/// Limit of NTFS for a file name, UTF-16 code units.
 const WINDOWS_NAME_UNITS: usize = 255;
 
-/// Whether a sub-agent's release can be installed on the system that it is for.
+/// Whether a sub-agent's release can be installed on its operating system.
 pub fn check(release: &Release) -> Result<(), String> {
     let Release { name, version, os, arch: _ } = release;
     check_name(name)?;
     check_version(version)?;
     for word in [name.as_str(), version.as_str()] {
-        if *os == Os::Windows && !windows_can_hold(word) {
+        if *os == Os::Windows && !is_valid_windows_name(word) {
             return Err(format!("{word:?} cannot be the name of a directory on Windows; choose another"));
         }
     }
     Ok(())
 }
 
-/// Whether a sub-agent can have this name, whatever the system.
+/// Whether a sub-agent can have this name, on any system.
 pub fn check_name(name: &AgentName) -> Result<(), String> {
     match name.as_str() {
         MANAGER_PACKAGE => Err(format!(
-            "the name {MANAGER_PACKAGE} is reserved for the manager, whose version is ordered apart from the sub-agents"
+            "the name {MANAGER_PACKAGE} is reserved for the manager, whose version is ordered separately from the sub-agents"
         )),
         _ => Ok(()),
     }
 }
 
-/// Whether a sub-agent can have this version, whatever the system. On file systems without case `Current` is the same name.
+/// Whether a sub-agent can have this version, on any system. On a case-insensitive file system, `Current` is the same name.
 pub fn check_version(version: &Version) -> Result<(), String> {
     if version.as_str().eq_ignore_ascii_case(CURRENT) {
         return Err(format!(
@@ -44,14 +43,14 @@ pub fn check_version(version: &Version) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether two versions differ in a way that a file system without case does not see.
-pub fn differ_in_case_alone(one: &Version, other: &Version) -> bool {
+/// Whether two versions are the same name on a case-insensitive file system.
+pub fn differ_only_in_case(one: &Version, other: &Version) -> bool {
     one != other && one.as_str().eq_ignore_ascii_case(other.as_str())
 }
 
-/// Whether a name without slashes can be that of a file on Windows: not one of DOS's devices, no stream of another file, no wildcard,
-/// nothing at its end that Windows drops.
-pub fn windows_can_hold(name: &str) -> bool {
+/// Whether a name without slashes is a valid file name on Windows: no DOS device, no stream of another file, no wildcard, no trailing
+/// characters that Windows drops.
+pub fn is_valid_windows_name(name: &str) -> bool {
     const DEVICES: [&str; 6] = ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"];
     let stem = name.split('.').next().unwrap_or_default().trim_end().to_ascii_uppercase();
     let is_port = ["COM", "LPT"].iter().any(|port| {
@@ -75,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_take_the_place_of_something_of_ours_is_refused_for_every_system() {
+    fn reserved_names_are_rejected_for_every_system() {
         for os in [Os::Linux, Os::Windows] {
             for (name, version) in [("a", "current"), ("a", "Current"), ("a", "CURRENT"), ("aops-spm", "1")] {
                 let why = check(&release(name, version, os)).unwrap_err();
@@ -90,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_windows_cannot_hold_is_refused_for_windows() {
+    fn invalid_windows_file_names_are_rejected_for_windows() {
         for (name, version) in [("con", "1"), ("aux.x", "1"), ("a.", "1"), ("a", "1."), ("a", "NUL"), ("a", "com1")] {
             let why = check(&release(name, version, Os::Windows)).unwrap_err();
             assert!(why.contains("Windows"), "{why}");
@@ -100,8 +99,8 @@ mod tests {
     }
 
     #[test]
-    fn versions_may_differ_in_more_than_case() {
-        let differ = |one: &str, other: &str| differ_in_case_alone(&one.parse().unwrap(), &other.parse().unwrap());
+    fn versions_that_differ_only_in_case_are_recognized() {
+        let differ = |one: &str, other: &str| differ_only_in_case(&one.parse().unwrap(), &other.parse().unwrap());
         assert!(differ("1.0A", "1.0a"));
         assert!(!differ("1.0a", "1.0a") && !differ("1.0a", "1.0b"));
     }

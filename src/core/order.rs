@@ -1,13 +1,13 @@
-//! What is wanted of one sub-agent, in one shape from `fleet.toml` to the running process.
+//! The desired state of one sub-agent, in one shape from `fleet.toml` to the running process.
 //!
 //! ```text
 //! fleet.toml            Order (version only)     the gateway's file
 //! Order + the depot  -> AgentOrder               on the wire: name, Package, cmd, Spec
 //! AgentOrder         -> Order                    state/desired.json: Package, run, Spec
-//! Order              -> reconcile::Step          carried out with what it needs
+//! Order              -> ReconcileStep            executed with the data that it needs
 //! ```
 //!
-//! A new setting of a sub-agent is a field of [`Spec`]; it then travels on the wire, is stored and is compared like the others.
+//! A new setting of a sub-agent is a field of [`Spec`]; it is then sent, stored and compared like the others.
 
 use std::fmt;
 
@@ -17,41 +17,42 @@ use super::env::Env;
 use super::model::{AgentName, Arch, Digest, Os, Release, Version};
 use super::unknown::UnknownFields;
 
-/// A version on offer, and where its archive is.
+/// A version, and where its package is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "gateway", schemars(rename = "ManagerOrder"))]
 #[serde(rename_all = "camelCase")]
 pub struct Package {
     pub version: Version,
-    /// Absolute URL of the directory that holds the package, without user, query and fragment; absent: the endpoint's own download path. It is
-    /// asked first, then each endpoint. What comes from there is accepted by its signature alone.
+    /// Absolute URL of the directory that contains the package, without user, query and fragment; absent: the endpoint's download path. It
+    /// is tried before the endpoints. A package from there is verified by its signature like any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tarball: Option<String>,
-    /// The package's file name below `tarball`, `{name}-{version}_{os}_{arch}.{tar.zst|tar.gz|zip}`; absent: that of tar.zst.
+    /// File name of the package below `tarball`: `{name}-{version}_{os}_{arch}.{tar.zst|tar.gz|zip}`; absent: the one that ends in tar.zst.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
+    /// SHA-256 of the package.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
-    /// Of the package, bytes.
+    /// Size of the package, bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
 }
 
 impl Package {
-    /// Nothing is known but the version.
+    /// A package of which only the version is known.
     #[cfg(any(feature = "gateway", test))]
     pub fn new(version: Version) -> Package {
         Package { version, tarball: None, file: None, sha256: None, size: None }
     }
 
-    /// The release that it carries, under the name that it was ordered by.
+    /// The release that the package contains, for a sub-agent of this name.
     pub fn release(&self, name: &AgentName, os: Os, arch: Arch) -> Release {
         Release { name: name.clone(), version: self.version.clone(), os, arch }
     }
 }
 
-/// Whether a sub-agent is to run.
+/// Whether a sub-agent should run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Run {
@@ -59,17 +60,17 @@ pub enum Run {
     Stop,
 }
 
-/// How a sub-agent is to be run.
+/// How to run a sub-agent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Spec {
-    /// Environment variables; they win over the package's own. A value is a text, or `{"secret": "…"}`, which is shown to nobody.
+    /// Environment variables; they override those of the package. A value is a text, or `{"secret": "…"}`, which is never shown.
     #[serde(default)]
     pub env: Env,
 }
 
-/// What is wanted of one sub-agent. Two orders are equal where this version follows both in the same way.
+/// The desired state of one sub-agent. Two orders are equal if this version carries out both in the same way.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Order {
@@ -78,10 +79,10 @@ pub struct Order {
     pub run: Run,
     #[serde(flatten)]
     pub spec: Spec,
-    /// A release that is skipped because it failed is tried again by an order with a higher number.
+    /// A release that is skipped because it failed is tried again if an order has a higher number here.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub retry: u64,
-    /// Of a later version's order: that version finds it when it takes over.
+    /// Fields of a later version, which finds them again after an upgrade.
     #[serde(flatten)]
     pub unknown: UnknownFields,
 }
@@ -96,18 +97,18 @@ impl PartialEq for Order {
 impl Eq for Order {}
 
 impl Order {
-    /// The release that it asks for, as the ledger takes it.
+    /// The ordered release as the ledger identifies it: version, checksum and `retry`.
     pub fn asks_for(&self) -> (&Version, Option<&Digest>, u64) {
         (&self.package.version, self.package.sha256.as_ref(), self.retry)
     }
 }
 
-/// For serde: a number that says nothing is not written.
+/// For serde: a zero is not written.
 pub fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// The word of an order on the wire.
+/// The command of an order on the wire.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Cmd {

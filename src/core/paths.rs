@@ -1,10 +1,10 @@
-//! The paths that a package's manifest names: relative, and inside the release's directory.
+//! The paths in a package's manifest: relative, and inside the release's directory.
 //!
-//! Archives have their own rule for the names of entries and the targets of links (`package/unpack/names.rs`): entries have `/` between their parts whatever the system, a colon is part of a name on Linux, a link may
-//! begin with `..`, and each refusal has its own message. A manifest is written by a person before its system is known, so here both
-//! separators count, and a drive or a stream is refused for every system.
+//! Archives have their own rules for entries and link targets (`package/unpack/names.rs`): entries use `/` on every system, a colon is part
+//! of a name on Linux, a link target may begin with `..`, and each rejection has its own message. A manifest is written by a person and for
+//! any system, so here both separators count, and a drive or a stream is rejected on every system.
 
-/// Whether a relative path can only lead further in.
+/// Whether a path is relative and cannot leave its directory.
 pub(super) fn stays_inside(path: &str) -> bool {
     !path.is_empty()
         && !path.starts_with(['/', '\\'])
@@ -17,7 +17,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_leads_further_in_whatever_the_system() {
+    fn a_path_that_can_leave_its_directory_is_rejected_on_every_system() {
         for bad in ["", "/x", "\\x", "..", "a/..", "a\\..\\b", "../x", "c:x", "a\0"] {
             assert!(!stays_inside(bad), "{bad:?}");
         }

@@ -1,4 +1,4 @@
-//! How an unpacked release is run: as its `agent.toml` says, or through its own `control` script.
+//! How an unpacked release is run: as its `agent.toml` specifies, or by its own `control` script.
 
 use std::time::Duration;
 
@@ -7,23 +7,23 @@ use serde::{Deserialize, Serialize};
 use super::manifest::{KillMode, Manifest, Restart, StopSignal};
 use super::supervise::{HealthPolicy, RestartPolicy};
 
-/// `control` scripts stop themselves; whatever is left after this is ended by the manager.
+/// Time for a `control` script to stop its sub-agent; the manager kills the processes that are left.
 const SCRIPT_GRACE: Duration = Duration::from_secs(10);
-/// A new release has to run for so long before it is committed, unless its package says otherwise.
+/// Default of `probation`.
 const PROBATION: Duration = Duration::from_secs(10);
+/// Minimum of [`Program::patience`].
 const PATIENCE: Duration = Duration::from_secs(120);
-/// A `control` script's `status`, which says nothing of how often it wants to be asked. Its answers count from its start, which it ended
-/// well.
-const OF_SCRIPTS: HealthPolicy =
+/// How `status` of a `control` script is checked. There is no start period, because its `start` has succeeded when the checks begin.
+const SCRIPT_CHECKS: HealthPolicy =
     HealthPolicy { interval: Duration::from_secs(30), failures: 3, start_period: Duration::ZERO };
 
-/// Which convention a sub-agent follows.
+/// The convention that a package follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum PackageKind {
-    /// Run by us, as its `agent.toml` says.
+    /// Started by the manager, as its `agent.toml` specifies.
     Native,
-    /// Driven through its own `control` script.
+    /// Started and stopped by its own `control` script.
     Script,
 }
 
@@ -42,7 +42,7 @@ impl Program {
         }
     }
 
-    /// When its supervisor restarts it, and how its health is judged.
+    /// When its supervisor restarts it, and how its health is checked.
     pub fn policy(&self) -> RestartPolicy {
         RestartPolicy { restart: self.restart(), checks: self.checks(), ..RestartPolicy::default() }
     }
@@ -56,7 +56,7 @@ impl Program {
 
     fn checks(&self) -> Option<HealthPolicy> {
         match self {
-            Program::Script => Some(OF_SCRIPTS),
+            Program::Script => Some(SCRIPT_CHECKS),
             Program::Native(manifest) => manifest.health.as_ref().map(|health| HealthPolicy {
                 interval: health.interval,
                 failures: health.failures,
@@ -65,17 +65,16 @@ impl Program {
         }
     }
 
-    /// A new release has to run for so long before it is committed: its start period at least.
+    /// Time that a new release must run before it is committed; at least its start period.
     pub fn probation(&self) -> Duration {
-        let said = match self {
+        let set = match self {
             Program::Native(manifest) => manifest.run.probation.map(|span| span.0),
             Program::Script => None,
         };
-        said.unwrap_or(PROBATION).max(self.checks().map_or(Duration::ZERO, |checks| checks.start_period))
+        set.unwrap_or(PROBATION).max(self.checks().map_or(Duration::ZERO, |checks| checks.start_period))
     }
 
-    /// For so long after its probation a release that is not well, and has not failed either, is waited for: until its health was asked
-    /// after, and a little more.
+    /// Time after the probation to wait for a release that is neither healthy nor failed; at least two health checks.
     pub fn patience(&self) -> Duration {
         self.checks().map_or(Duration::ZERO, |checks| checks.interval * 2).max(PATIENCE)
     }
@@ -94,7 +93,7 @@ impl Program {
         }
     }
 
-    /// From the stop signal to the kill.
+    /// Time from the stop signal to the kill.
     pub fn grace(&self) -> Duration {
         match self {
             Program::Native(manifest) => manifest.run.grace(),
@@ -102,7 +101,7 @@ impl Program {
         }
     }
 
-    /// The variables that the gateway may set although they are refused otherwise.
+    /// Environment variables that the gateway may set although they are refused by default.
     pub fn env_allow(&self) -> &[String] {
         match self {
             Program::Native(manifest) => &manifest.run.env_allow,

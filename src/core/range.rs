@@ -1,17 +1,18 @@
-//! Which part of a file a request asks for, by its header `Range` (RFC 9110, section 14). One part is served; who asks for several gets the
-//! whole.
+//! The part of a file that a request asks for by its `Range` header (RFC 9110, section 14). Only a single range is supported; a request for
+//! several gets the whole file.
 
 use std::ops::Range;
 
-/// Which part of a file is asked for.
+/// The requested part of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub enum RequestedRange {
     Whole,
     Range(Range<u64>),
+    /// The range is outside of the file: status 416.
     Unsatisfiable,
 }
 
-/// Reads `Range: bytes=a-b`, `a-` or `-n`; what is not understood asks for the whole.
+/// Parses `Range: bytes=a-b`, `a-` or `-n` for a file of `size` bytes; anything else requests the whole file.
 pub fn part(header: &str, size: u64) -> RequestedRange {
     let Some(spec) = header.trim().strip_prefix("bytes=").map(str::trim) else { return RequestedRange::Whole };
     let Some((first, last)) = spec.split_once('-').filter(|_| !spec.contains(',')) else {
@@ -42,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_range_is_understood_and_everything_else_is_the_whole() {
+    fn a_single_range_is_served_and_anything_else_is_the_whole_file() {
         for (header, expected) in [
             ("bytes=0-9", RequestedRange::Range(0..10)),
             ("bytes=0-0", RequestedRange::Range(0..1)),
@@ -69,16 +70,16 @@ mod tests {
     }
 
     proptest! {
-        /// What is served lies within the file, and is what was asked for.
+        /// A served range is not empty and is within the file.
         #[test]
-        fn a_range_lies_within_the_file(header in "(bytes=)?[0-9]{0,3}-?[0-9]{0,3}(,1-2)?", size in 0_u64..500) {
+        fn a_range_is_within_the_file(header in "(bytes=)?[0-9]{0,3}-?[0-9]{0,3}(,1-2)?", size in 0_u64..500) {
             if let RequestedRange::Range(range) = part(&header, size) {
                 prop_assert!(range.start < range.end && range.end <= size, "{header} of {size}: {range:?}");
             }
         }
 
         #[test]
-        fn a_range_reads_back(first in 0_u64..1000, length in 1_u64..1000, rest in 0_u64..1000) {
+        fn a_range_parses_back(first in 0_u64..1000, length in 1_u64..1000, rest in 0_u64..1000) {
             let (last, size) = (first + length - 1, first + length + rest);
             prop_assert_eq!(part(&format!("bytes={first}-{last}"), size), RequestedRange::Range(first..last + 1));
             prop_assert_eq!(part(&format!("bytes={first}-"), size), RequestedRange::Range(first..size));

@@ -1,7 +1,7 @@
-//! Reconcile: compare what is wanted of the sub-agents with what is there, and say what to do next.
+//! Reconcile: compare the desired with the actual state of the sub-agents, and decide the next steps.
 //!
-//! A plan is the same for the same input; carried out and made again it is empty. What takes time (staging, stopping) shows in the actual
-//! state as under way, so planning again meanwhile asks for nothing twice.
+//! The same input gives the same plan, and after a plan was carried out the next plan is empty. Steps that take time (staging, stopping)
+//! are part of the actual state while they run, so that no step is planned twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,35 +9,35 @@ use super::desired::DesiredState;
 use super::model::{AgentName, Version};
 use super::order::{Order, Package, Run, Spec};
 
-/// So many sub-agents are down at the same time for a change of release.
-const AT_ONCE: usize = 5;
+/// Limit for the sub-agents that are down at the same time for a change of release.
+const MAX_CHANGING: usize = 5;
 
-/// What is observed of one sub-agent.
+/// The actual state of one sub-agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Actual {
-    /// The release that runs, or would.
+    /// The active release.
     pub current: Option<Version>,
-    /// The release of its process, where one runs.
+    /// The release of its running process.
     pub running: Option<Version>,
-    /// What the ledger keeps: the current release, and what can be gone back to.
+    /// The releases that the ledger keeps: the active one, and those to roll back to.
     pub kept: BTreeSet<Version>,
-    /// The whole releases on disk.
+    /// The complete releases on disk.
     pub releases: BTreeSet<Version>,
-    /// Being removed from the disk: nothing is put in their place before they are gone.
+    /// Releases being removed from the disk; they can be staged again only after that.
     pub leaving: BTreeSet<Version>,
-    /// Being fetched, verified and unpacked now.
+    /// The release that is being downloaded, verified and unpacked.
     pub staging: Option<Version>,
-    /// Could not be staged or activated, or failed on probation, and is not to be tried again yet.
+    /// A release that could not be staged or activated, or failed on probation, and is not retried yet.
     pub held_back: Option<Version>,
-    /// An operator keeps the current release, whatever is ordered.
+    /// An operator holds the active release, whatever is ordered.
     pub stays: bool,
-    /// It is down because its release is being changed, or about to be.
+    /// It is down, or about to be, because its release is being changed.
     pub upgrading: bool,
-    /// Whether its supervisor is told to run it.
+    /// Whether its supervisor is set to run it.
     pub run: Run,
-    /// How its supervisor is told to run it; `None`: not known, or not as wanted.
+    /// How its supervisor is set to run it; `None`: not known, or not as ordered.
     pub spec: Option<Spec>,
-    /// An activation or removal is under way; nothing else is to be begun.
+    /// An activation or removal is in progress; no other step may be started.
     pub busy: bool,
 }
 
@@ -60,36 +60,36 @@ impl Default for Actual {
     }
 }
 
-/// One thing to do, with all that it takes.
+/// One step to carry out, with the data that it needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReconcileStep {
-    /// Fetch, verify and unpack a release, beside what runs.
+    /// Download, verify and unpack a release while the active one keeps running.
     Stage { name: AgentName, package: Package },
-    /// Stop what runs, make a staged release the active one, and run it as ordered.
+    /// Stop the running release, make a staged one the active one, and run it as ordered.
     Activate { name: AgentName, order: Order },
-    /// Run the active release in another way.
+    /// Run the active release with other settings.
     Configure { name: AgentName, spec: Spec },
-    /// Run it, or let it rest.
+    /// Start or stop it.
     Set { name: AgentName, run: Run },
-    /// Stop it and remove all that belongs to it.
+    /// Stop it and remove its files.
     Uninstall { name: AgentName },
-    /// Remove a release that is neither active nor the one to go back to.
+    /// Remove a release that is neither active nor a backup.
     Discard { name: AgentName, version: Version },
 }
 
-/// What to do next for every sub-agent.
+/// The next steps for all sub-agents.
 pub fn plan(desired: &DesiredState, actual: &BTreeMap<AgentName, Actual>) -> Vec<ReconcileStep> {
     let absent = Actual::default();
     let mut steps = vec![];
-    let mut turns = AT_ONCE.saturating_sub(actual.values().filter(|agent| agent.upgrading).count());
+    let mut slots = MAX_CHANGING.saturating_sub(actual.values().filter(|agent| agent.upgrading).count());
     for (name, order) in &desired.agents {
         let found = actual.get(name).unwrap_or(&absent);
         let before = steps.len();
         plan_ordered(name, order, found, &mut steps);
-        // What does not run yet may be activated at any time.
+        // A sub-agent without an active release may be activated at any time.
         if found.current.is_some() && matches!(steps.get(before), Some(ReconcileStep::Activate { .. })) {
-            match turns.checked_sub(1) {
-                Some(left) => turns = left,
+            match slots.checked_sub(1) {
+                Some(left) => slots = left,
                 None => steps.truncate(before),
             }
         }
@@ -109,7 +109,7 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
     let ordered = &order.package.version;
     let wanted = if actual.stays { actual.current.as_ref().unwrap_or(ordered) } else { ordered };
     let runs_another = actual.running.as_ref().is_some_and(|running| running != wanted);
-    // What an operator keeps was not ordered, and cannot be activated by an order.
+    // The release that an operator holds was not ordered, so no order can activate it.
     if actual.current.as_ref() == Some(wanted) && (actual.stays || !runs_another) {
         if actual.spec.as_ref() != Some(&order.spec) {
             steps.push(ReconcileStep::Configure { name: name.clone(), spec: order.spec.clone() });
@@ -135,7 +135,7 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
     if actual.staging.as_ref() != Some(wanted) && !is_held {
         steps.push(ReconcileStep::Stage { name: name.clone(), package: order.package.clone() });
     }
-    // What is active goes on as ordered until the new release is there.
+    // The active release is started or stopped as ordered until the new one is staged.
     if actual.current.is_some() && actual.run != order.run {
         steps.push(ReconcileStep::Set { name: name.clone(), run: order.run });
     }
@@ -149,7 +149,7 @@ mod tests {
     use crate::core::env::EnvValue;
     use crate::core::unknown::UnknownFields;
 
-    /// Carries a step out, as if all went well and at once.
+    /// Carries out a step that succeeds at once.
     fn apply(step: ReconcileStep, actual: &mut BTreeMap<AgentName, Actual>) {
         match step {
             ReconcileStep::Stage { name, package } => {
@@ -226,7 +226,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_plan_carried_out_again_and_again_comes_to_rest_where_it_was_wanted(desired in desired(), mut actual in actual()) {
+        fn repeated_plans_reach_the_desired_state_and_then_are_empty(desired in desired(), mut actual in actual()) {
             for _ in 0..4 {
                 for step in plan(&desired, &actual) {
                     apply(step, &mut actual);
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn an_order_that_an_operator_has_overruled_is_not_activated_while_its_process_ends() {
+    fn an_ordered_release_that_an_operator_overrides_is_not_activated_while_its_process_stops() {
         let name: AgentName = "a".parse().unwrap();
         let order = Order {
             package: Package::new("2".parse().unwrap()),
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_begun_on_what_is_busy_or_held_back() {
+    fn no_step_is_planned_for_a_busy_sub_agent_or_a_held_back_release() {
         let name: AgentName = "a".parse().unwrap();
         let package = Package::new("2".parse().unwrap());
         let order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: UnknownFields::new() };
@@ -285,14 +285,14 @@ mod tests {
         assert_eq!(plan_with(Actual { held_back: Some("2".parse().unwrap()), ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { staging: Some("2".parse().unwrap()), ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { staging: Some("1".parse().unwrap()), ..Actual::default() }).len(), 1);
-        // What is being removed is not put there again before it is gone.
+        // A release that is being removed is staged again only after that.
         let two = BTreeSet::from(["2".parse().unwrap()]);
         assert_eq!(plan_with(Actual { leaving: two.clone(), ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { leaving: two.clone(), releases: two, ..Actual::default() }), vec![]);
     }
 
     #[test]
-    fn few_that_run_are_activated_at_the_same_time_and_what_does_not_run_yet_at_any() {
+    fn the_number_of_simultaneous_activations_is_limited_for_running_sub_agents_only() {
         let order = |version: &str| {
             let package = Package::new(version.parse().unwrap());
             Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: UnknownFields::new() }
@@ -308,14 +308,14 @@ mod tests {
             plan(&desired, &actual).iter().filter(|step| matches!(step, ReconcileStep::Activate { .. })).count()
         };
         let runs = || Actual { current: Some("1".parse().unwrap()), releases: two.clone(), ..Actual::default() };
-        assert_eq!(activated(&|_| runs()), AT_ONCE);
-        assert_eq!(activated(&|at| Actual { busy: at < 3, upgrading: at < 3, ..runs() }), AT_ONCE - 3);
+        assert_eq!(activated(&|_| runs()), MAX_CHANGING);
+        assert_eq!(activated(&|at| Actual { busy: at < 3, upgrading: at < 3, ..runs() }), MAX_CHANGING - 3);
         assert_eq!(activated(&|at| Actual { busy: at < 7, upgrading: at < 7, ..runs() }), 0);
         assert_eq!(activated(&|_| Actual { current: None, ..runs() }), names.len());
     }
 
     #[test]
-    fn without_a_desired_state_nothing_is_touched() {
+    fn without_a_desired_state_nothing_is_changed() {
         let actual = BTreeMap::from([(
             "a".parse().unwrap(),
             Actual { current: Some("1".parse().unwrap()), ..Actual::default() },

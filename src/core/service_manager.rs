@@ -1,6 +1,6 @@
-//! The kinds of service manager that can run the roles of a home, and the words in which each of them answers.
+//! The supported service managers, the states of their units, and the notifications to them.
 //!
-//! What a kind does is in `host_service`, one file for each; everything else compares with [`ServiceManagerKind::None`] at most.
+//! The behaviour of each kind is in `host_service`, one file each; other code compares with [`ServiceManagerKind::None`] at most.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::model::InvalidValue;
 
-/// A service manager.
+/// A kind of service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ServiceManagerKind {
@@ -22,7 +22,7 @@ pub enum ServiceManagerKind {
 impl ServiceManagerKind {
     pub const ALL: &'static [ServiceManagerKind] = &[ServiceManagerKind::Systemd, ServiceManagerKind::None];
 
-    /// Whether there is a service manager.
+    /// Whether the home has a service manager.
     pub fn is_some(self) -> bool {
         self != ServiceManagerKind::None
     }
@@ -37,7 +37,7 @@ impl fmt::Display for ServiceManagerKind {
     }
 }
 
-/// Every kind, as an error lists them.
+/// All kinds, for an error message.
 const KINDS: &str = "systemd or none";
 
 impl FromStr for ServiceManagerKind {
@@ -49,29 +49,29 @@ impl FromStr for ServiceManagerKind {
     }
 }
 
-/// What the service manager knows of a role's unit, as far as it matters to whoever would start a role that is gone.
+/// The state of a role's unit, as far as it matters for restarting that role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnitStanding {
-    /// It was stopped on purpose and is to stay stopped.
+    /// It was stopped on purpose and stays stopped.
     Stopped,
     /// It runs, or the service manager is starting or stopping it.
     Coming,
     /// The service manager has given up on it.
     Dead,
-    /// It is masked or disabled: nobody is to start it, and nothing was stopped.
+    /// It is masked or disabled: it must not be started, but the home was not stopped.
     Forbidden,
-    /// There is no such unit.
+    /// The unit does not exist.
     Missing,
 }
 
-/// What a role tells the service manager that started it.
+/// A notification of a role to the service manager that started it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Notification {
-    /// It is up.
+    /// The role is ready.
     Ready,
-    /// It ends, and means to.
+    /// The role is stopping on purpose.
     Stopping,
-    /// It is alive: the sign of life that a watchdog of the service manager waits for.
+    /// The role is alive: the keep-alive for the watchdog of the service manager.
     Alive,
 }
 

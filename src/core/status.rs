@@ -1,4 +1,4 @@
-//! What `status` shows, on the wire between manager and operator and as `status --json`.
+//! The document that `status` shows: on the control socket, and as `status --json`.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use super::unknown::UnknownFields;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
-    /// Of the release installed; null where nothing is.
+    /// Version of the installed release; null: nothing is installed.
     pub version: Option<Version>,
     pub home: String,
     pub state: HomeState,
@@ -19,16 +19,16 @@ pub struct Status {
     pub gateway: GatewayStatus,
     pub generation: u64,
     pub agents: Vec<AgentStatus>,
-    /// The change of the manager's release that is under way.
+    /// The upgrade of the manager that is in progress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<UpgradeStatus>,
-    /// An operator at the host keeps the manager's release, against what the gateway orders.
+    /// An operator at the host holds the manager's release, whatever the gateway orders.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub held_by_operator: bool,
-    /// What an operator should mend: a bad configuration, a refused desired state.
+    /// Problems that an operator should fix, such as an invalid configuration or a rejected desired state.
     #[serde(default)]
     pub problems: Vec<String>,
-    /// What an operator should know and need not mend: that nothing starts the home at boot.
+    /// Information that needs no fix, such as that nothing starts the home at boot.
     #[serde(default)]
     pub notes: Vec<String>,
 }
@@ -38,7 +38,7 @@ pub struct Status {
 #[serde(rename_all = "camelCase")]
 pub enum HomeState {
     Running,
-    /// It runs, but not all of it as wanted.
+    /// It runs with problems.
     Degraded,
     Stopped,
     NotInstalled,
@@ -61,14 +61,14 @@ impl HomeState {
 pub struct RoleStatus {
     pub pid: Option<u32>,
     pub uptime_seconds: Option<u64>,
-    /// Resident memory.
+    /// Resident memory, bytes.
     pub memory_bytes: Option<u64>,
-    /// Restarts that nobody asked for, since it was last started on purpose.
+    /// Number of restarts after failures, since it was last started on purpose.
     pub restarts: u64,
 }
 
 impl Status {
-    /// Of a home whose manager does not answer.
+    /// The status of a home whose manager does not answer.
     pub fn silent(home: String, version: Option<Version>, state: HomeState) -> Status {
         Status {
             version,
@@ -87,20 +87,20 @@ impl Status {
     }
 }
 
-/// The way to the gateway.
+/// The connection to the gateway.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayStatus {
-    /// The one that answered last, else the first configured.
+    /// The endpoint that answered last, else the first configured one.
     pub endpoint: Option<String>,
-    /// The last heartbeat succeeded.
+    /// Whether the last heartbeat succeeded.
     pub connected: bool,
-    /// When the last one succeeded, RFC 3339.
+    /// Time of the last successful heartbeat, RFC 3339.
     pub last_heartbeat: Option<String>,
-    /// Seconds by which this host's clock is ahead of the gateway's, as the `Date` of its last answer said; negative: behind.
+    /// Seconds by which this host's clock is ahead of the gateway's, from the `Date` header of the last answer; negative: behind.
     #[serde(default)]
     pub clock_offset_seconds: Option<i64>,
-    /// Why the last one did not.
+    /// Why the last heartbeat failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
 }
@@ -110,9 +110,9 @@ pub struct GatewayStatus {
 #[serde(rename_all = "camelCase")]
 pub struct AgentStatus {
     pub name: AgentName,
-    /// The release of its process; without one, that which would run.
+    /// The release of its process; without a process, the active release.
     pub version: Option<Version>,
-    /// The active release, where its process is one of another.
+    /// The active release, if its process is of a different one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_version: Option<Version>,
     pub state: AgentState,
@@ -121,42 +121,42 @@ pub struct AgentStatus {
     pub restarts: u64,
     pub memory_bytes: Option<u64>,
     pub last_error: Option<String>,
-    /// Its process lives outside of the group that was made for it, where other sub-agents have theirs.
+    /// Its process is outside of its own cgroup or Job Object, although other sub-agents have one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub outside_group: bool,
-    /// Of the release that is being staged.
+    /// The download of the release that is being staged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub download: Option<DownloadStatus>,
-    /// The change of release that is under way.
+    /// The change of release that is in progress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<UpgradeStatus>,
-    /// An operator at the host keeps this release, against what the gateway orders.
+    /// An operator at the host holds this release, whatever the gateway orders.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub held_by_operator: bool,
-    /// The gateway's complete list omits it; so many seconds until it is removed, at the first heartbeat after that.
+    /// The gateway's complete list omits it: seconds until it is removed, at the next heartbeat after that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed_in_seconds: Option<u64>,
-    /// Releases that failed here and are not tried again.
+    /// Releases that failed on this host and are not tried again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<SkippedStatus>,
 }
 
-/// A change of release that is under way.
+/// A change of release that is in progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct UpgradeStatus {
     pub from: Option<Version>,
     pub to: Version,
-    /// Of a sub-agent `staging`, `activating`, `probation` or `rollingBack`; of the manager `staging`, `switching`, `trial`, `unproven`
+    /// For a sub-agent `staging`, `activating`, `probation` or `rollingBack`; for the manager `staging`, `switching`, `trial`, `unproven`
     /// (neither release reaches the gateway), `paused` (the home is stopped), `committing` or `rollingBack`.
     pub phase: String,
-    /// When it is given up unless it has succeeded by then, RFC 3339; null where that does not go by time.
+    /// When it fails unless it has succeeded by then, RFC 3339; null: there is no time limit.
     pub deadline: Option<String>,
-    /// So often it may still fail.
+    /// Number of failures that are still tolerated.
     pub tries_left: Option<u64>,
-    /// What is wrong with it, or why it is given up.
+    /// The problem of the new release, or why it is rolled back.
     pub reason: Option<String>,
-    /// How far its download is; of a sub-agent it stands beside this.
+    /// The progress of the manager's download; a sub-agent's is in [`AgentStatus::download`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub download: Option<DownloadStatus>,
 }
@@ -169,7 +169,7 @@ pub struct SkippedStatus {
     pub reason: String,
 }
 
-/// The document of `status --history --json`: what came of each change of release, oldest first.
+/// The document of `status --history --json`: the result of each change of release, oldest first.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct History {
@@ -179,13 +179,13 @@ pub struct History {
     pub unknown: UnknownFields,
 }
 
-/// What came of one change of release.
+/// The result of one change of release.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HistoryEntry {
     /// RFC 3339, UTC.
     pub time: String,
-    /// When the change began, RFC 3339, UTC; an upgrade of the manager is reported once by it.
+    /// When the change started, RFC 3339, UTC. It identifies an upgrade of the manager, which is reported once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub began: Option<String>,
     /// `upgrade`, `rollback` or `skip`.
@@ -204,22 +204,22 @@ pub struct HistoryEntry {
     pub unknown: UnknownFields,
 }
 
-/// How far the download of a release is.
+/// The progress of a download.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DownloadStatus {
     pub version: Version,
     pub bytes: u64,
-    /// Null where nobody has told yet.
+    /// Null: not known yet.
     pub total_bytes: Option<u64>,
 }
 
 /// The state of a home whose manager answers.
-pub fn judge(spa_alive: bool, agents: &[AgentStatus], problems: &[String]) -> HomeState {
-    let as_wanted = |agent: &AgentStatus| {
+pub fn home_state(spa_alive: bool, agents: &[AgentStatus], problems: &[String]) -> HomeState {
+    let is_as_ordered = |agent: &AgentStatus| {
         matches!(agent.state, AgentState::Running | AgentState::Stopped | AgentState::Starting | AgentState::Updating)
     };
-    if spa_alive && problems.is_empty() && agents.iter().all(as_wanted) {
+    if spa_alive && problems.is_empty() && agents.iter().all(is_as_ordered) {
         HomeState::Running
     } else {
         HomeState::Degraded

@@ -1,13 +1,13 @@
-//! Texts that somebody else wrote, before they are kept, told or shown: of bounded length, and harmless to the terminal of whoever reads them;
-//! and bytes as text.
+//! Sanitizes texts of others before they are stored, sent or shown: limited in length, on one line, and without characters that control a
+//! terminal. Also formats bytes as hexadecimal digits.
 
-/// Of a message, an error or whatever else somebody is told, so much is kept, bytes.
+/// Limit for a stored message or error, bytes.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 10;
 
-/// What a text is, where it was too long.
+/// Marks the end of a truncated text.
 const CUT: char = '…';
 
-/// At most `most` bytes of a text, on one line, and nothing in it that moves a terminal's cursor or turns its letters around.
+/// Truncates a text to `most` bytes, and replaces line breaks, control characters and changes of writing direction by spaces.
 pub fn cut(text: &str, most: usize) -> String {
     let is_whole = text.len() <= most;
     let room = if is_whole { most } else { most.saturating_sub(CUT.len_utf8()) };
@@ -25,12 +25,12 @@ pub fn cut(text: &str, most: usize) -> String {
     kept
 }
 
-/// Bytes in lower-case hexadecimal digits.
+/// Bytes as lower-case hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Controls, line ends, and what changes the direction of writing.
+/// Control characters, line breaks, and characters that change the writing direction.
 fn is_harmful(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{061c}')
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_is_cut_between_letters_and_says_so() {
+    fn a_text_is_truncated_between_characters_and_marked() {
         assert_eq!(cut("whole", 5), "whole");
         assert_eq!(cut("too long", 6), "too…");
         assert_eq!(cut("äöüß", 7), "äö…");
@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_in_it_reaches_the_terminal_as_a_command() {
+    fn control_characters_are_replaced() {
         assert_eq!(cut("a\x1b[2Jb\r\nc\u{9b}d\u{202e}e\0", 100), "a [2Jb  c d e ");
     }
 }

@@ -1,4 +1,4 @@
-//! Durations and sizes as people write them: `"30s"`, `"64MiB"`; a bare number is seconds or MiB, as in the old files.
+//! Durations and sizes with units: `"30s"`, `"64MiB"`. A bare number is seconds or MiB, as in the files of the old system.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-/// A length of time, to the millisecond.
+/// A duration in whole milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Span(pub Duration);
 
@@ -70,7 +70,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// Reads a whole number or a text with a unit.
+/// Parses a whole number, or a text with a unit.
 struct UnitVisitor<T> {
     expected: &'static str,
     parse: fn(&str) -> Option<T>,
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spans_and_sizes_read_as_people_write_them() {
+    fn spans_and_sizes_are_parsed_with_and_without_units() {
         let span = |text| Span::parse(text).map(|span| span.0.as_millis());
         assert_eq!(span("30s"), Some(30_000));
         assert_eq!(span("5 m"), Some(300_000));
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn they_are_shown_as_they_are_read() {
+    fn spans_and_sizes_print_in_the_notation_that_they_parse() {
         for text in ["30s", "5m", "250ms", "1h", "36h"] {
             assert_eq!(Span::parse(text).unwrap().to_string(), text);
         }
@@ -154,13 +154,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_shown_reads_back(value: u64) {
+        fn a_printed_value_parses_back(value: u64) {
             prop_assert_eq!(Span::parse(&Span(Duration::from_millis(value)).to_string()), Some(Span(Duration::from_millis(value))));
             prop_assert_eq!(Size::parse(&Size(value).to_string()), Some(Size(value)));
         }
 
         #[test]
-        fn any_text_is_read_or_refused(text in "[0-9]{0,21} ?[a-zA-Zµ]{0,4}") {
+        fn any_text_is_parsed_or_rejected(text in "[0-9]{0,21} ?[a-zA-Zµ]{0,4}") {
             if let Some(span) = Span::parse(&text) {
                 prop_assert_eq!(Span::parse(&span.to_string()), Some(span));
             }

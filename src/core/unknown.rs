@@ -1,10 +1,10 @@
-//! Fields that a later version wrote and this one does not know: kept, and written back as they were.
+//! Fields of a later version that this version does not know: they are kept, and written back unchanged.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Flattened into a type of machine-written state.
+/// A flattened field of a type of machine-written state.
 pub type UnknownFields = BTreeMap<String, AnyValue>;
 
 /// A JSON value of any kind.
@@ -21,25 +21,24 @@ pub enum AnyValue {
     Map(BTreeMap<String, AnyValue>),
 }
 
-/// Their names and values, bytes: about as many as they have in a file.
+/// Approximate size of the fields in a file, bytes.
 pub fn bytes(unknown: &UnknownFields) -> usize {
     unknown.iter().map(|(name, value)| name.len() + value.bytes()).sum()
 }
 
 impl AnyValue {
     fn bytes(&self) -> usize {
-        /// A number, a word of the format, or the punctuation of any other value.
-        const ALONE: usize = 8;
-        ALONE
-            + match self {
-                AnyValue::Text(text) => text.len(),
-                AnyValue::List(values) => values.iter().map(AnyValue::bytes).sum(),
-                AnyValue::Map(values) => bytes(values),
-                AnyValue::Null(())
-                | AnyValue::Bool(_)
-                | AnyValue::Natural(_)
-                | AnyValue::Integer(_)
-                | AnyValue::Number(_) => 0,
-            }
+        /// Size of a number, a literal, or the punctuation of any other value.
+        const BASE: usize = 8;
+        BASE + match self {
+            AnyValue::Text(text) => text.len(),
+            AnyValue::List(values) => values.iter().map(AnyValue::bytes).sum(),
+            AnyValue::Map(values) => bytes(values),
+            AnyValue::Null(())
+            | AnyValue::Bool(_)
+            | AnyValue::Natural(_)
+            | AnyValue::Integer(_)
+            | AnyValue::Number(_) => 0,
+        }
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use super::fleet_file::{content_hash, parse, read_text};
 use super::state::GatewayState;
 use super::{GatewayDirectory, depot, hosts};
-use crate::core::fleet::{FleetChanges, HostFacts, changes, judge};
+use crate::core::fleet::{FleetChanges, HostFacts, changes, evaluate};
 use crate::output::{message, report};
 use crate::store;
 use crate::{lock, platform};
@@ -57,7 +57,7 @@ pub(super) fn run(command: &FleetCommand) -> Result<()> {
     let hosts = or_warning(hosts::load(&directory.hosts()).map(Some)).unwrap_or_default();
     let hosts: Vec<HostFacts> = hosts.iter().map(hosts::Record::facts).collect();
     let published = depot::releases(&directory.depot())?;
-    judge(&fleet, in_force.as_ref(), &hosts, |name, version| {
+    evaluate(&fleet, in_force.as_ref(), &hosts, |name, version| {
         published.iter().any(|(known, of)| known.as_str() == name && of == version)
     })
     .with_context(|| format!("cannot apply {shown}"))?;

@@ -22,7 +22,7 @@ use super::settle::SettledFile;
 use super::write_behind::WriteBehind;
 use super::{GatewayDirectory, now_millis};
 use crate::config;
-use crate::core::fleet::{Fleet, HostFacts, MAX_FILE_BYTES, judge};
+use crate::core::fleet::{Fleet, HostFacts, MAX_FILE_BYTES, evaluate};
 use crate::core::text::hex;
 use crate::platform;
 use crate::store::{self, Access};
@@ -194,7 +194,7 @@ impl FleetFile {
         let fleet = parse(&text)?;
         let last_good = self.in_force.as_ref().map(|in_force| &*in_force.fleet);
         let hosts = if last_good.is_some() { hosts() } else { Vec::new() };
-        judge(&fleet, last_good, &hosts, |name, version| depot.has(name, version))?;
+        evaluate(&fleet, last_good, &hosts, |name, version| depot.has(name, version))?;
         let text: Arc<str> = text.into();
         self.last_good.put(text.clone());
         self.load_problem = None;

@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 pub(super) use self::record::{Record, SentState, load, save};
 use super::depot::Index;
-use crate::core::fleet::{Fleet, HostFacts, HostOrders, tell};
+use crate::core::fleet::{Fleet, HostFacts, HostOrders, orders_for};
 use crate::core::generation;
 use crate::core::item::MessageItem;
 use crate::core::model::{AgentId, Release};
@@ -216,7 +216,7 @@ fn cached_orders(
     index: &Index,
     contents: &mut HashMap<String, Arc<OrderContent>>,
 ) -> Arc<OrderContent> {
-    let orders = tell(&fleet.desired(facts), facts, |name, version| {
+    let orders = orders_for(&fleet.desired(facts), facts, |name, version| {
         let release = Release { name: name.parse().ok()?, version: version.clone(), os: facts.os, arch: facts.arch };
         index.offer(&release)
     });

@@ -297,7 +297,7 @@ fn publish(directory: &GatewayDirectory, args: &PublishArgs, source: ContentSour
         bail!("{release} is published already, as {}; choose another version", other.file);
     }
     let versions = others.iter().map(|other| &other.binding.release.version);
-    if let Some(other) = versions.into_iter().find(|other| names::differ_in_case_alone(other, &release.version)) {
+    if let Some(other) = versions.into_iter().find(|other| names::differ_only_in_case(other, &release.version)) {
         bail!(
             "version {other} of {} is published already and differs from {} only in upper and lower case, so a Windows host cannot \
              keep both; choose another version",

@@ -243,8 +243,8 @@ fn an_invalid_fleet_file_keeps_the_last_good_one_also_after_a_restart() {
     assert_eq!(before["agents"].as_array().unwrap().len(), 3);
     for (bad, reason) in [
         ("[agents.a]\nverzion = \"1\"\n", "line 2"),
-        ("", "names no sub-agent"),
-        ("[agents.a]\nversion = \"1\"\n", "drops 2 of 3"),
+        ("", "no longer names any sub-agent"),
+        ("[agents.a]\nversion = \"1\"\n", "removes 2 of 3"),
         ("[agents.a]\nversion = \"1\"\n[agents.b]\nversion = \"2\"\n", "no package of b 2"),
     ] {
         bench.fleet(bad);

@@ -99,7 +99,7 @@ pub fn check(tree: VerifiedTree, file: String) -> Result<CheckedRelease> {
         unknown: UnknownJson::default(),
     };
     let offer = KeyOffer::read(tree.path(), &manager.version)?;
-    let endpoint = config::moved::read(tree.path())?;
+    let endpoint = config::new_endpoint::read(tree.path())?;
     Ok(CheckedRelease { tree, manager, offer, endpoint })
 }
 

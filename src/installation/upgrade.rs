@@ -279,7 +279,7 @@ impl UpgradeSession {
             Epochs::commit(&self.home, MANAGER_PACKAGE, image.epoch)?;
             self.apply_keys(&image.version, &image.brings, &image.revokes);
             if let Some(endpoint) = &image.endpoint
-                && let Err(error) = config::moved::keep(&self.home, endpoint)
+                && let Err(error) = config::new_endpoint::commit(&self.home, endpoint)
             {
                 tracing::error!(error = format!("{error:#}"), "cannot save the endpoint that the release brings");
             }

@@ -1,4 +1,4 @@
-//! The units of the roles: as this release writes them. They change between releases in options that the programs of both understand.
+//! Rewrites the units of the roles as this release defines them. Releases differ only in options that the programs of both support.
 
 use anyhow::Result;
 

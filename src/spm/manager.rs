@@ -212,7 +212,7 @@ impl Manager {
         let mut gateway = GatewayLink::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
         let mut held = desired.unwrap_or_default();
         held.forget_stale();
-        gateway.requests_current_list = held.refused().next().is_some();
+        gateway.requests_current_list = held.rejected().next().is_some();
         let installed = installation::ManagerRecord::load(home)
             .context("cannot read the manager's release; reinstall with `aops install`")?
             .with_context(|| {
@@ -338,7 +338,7 @@ impl Manager {
 /// The settings with the endpoint that a release on trial brings.
 fn with_trial_endpoint(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
     let Some(endpoint) = endpoint else { return config };
-    config::moved::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
+    config::new_endpoint::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
         tracing::error!(error = format!("{error:#}"), "cannot use the endpoint that this release brings");
         config
     })

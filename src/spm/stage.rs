@@ -216,7 +216,7 @@ fn check_name(home: &Home, release: &Release) -> Result<(), String> {
     }
     let entries = std::fs::read_dir(home.agent(name)).into_iter().flatten().flatten();
     let installed: Vec<Version> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-    match installed.iter().find(|other| names::differ_in_case_alone(other, version)) {
+    match installed.iter().find(|other| names::differ_only_in_case(other, version)) {
         Some(other) if !installed.contains(version) => Err(format!(
             "cannot install {name} {version}: this host's file system sees it as {other}, which is installed; choose another version"
         )),

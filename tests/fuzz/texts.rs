@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::{Config, edit, import, render};
-use crate::core::desired::{AnswerContext, AnswerOutcome, DesiredState, judge};
+use crate::core::desired::{AnswerContext, AnswerOutcome, DesiredState, evaluate};
 use crate::core::fleet::{Fleet, HostFacts};
 use crate::core::generation::Clocks;
 use crate::core::item::MessageItem;
@@ -52,11 +52,11 @@ pub fn answer(data: &[u8]) {
     .expect("it is a desired state");
     let present = BTreeSet::new();
     let clocks = Clocks { host: 1_790_000_000_000, gateway: None };
-    let host = AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present: &present, by_stand_in: false };
-    let verdict = judge(&held, &answer, host);
-    assert_eq!(verdict, judge(&held, &answer, host), "two evaluations of the same answer differ");
-    let AnswerOutcome::Take(taken) = verdict else { return };
-    let desired = taken.desired;
+    let host = AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present: &present, from_fallback: false };
+    let verdict = evaluate(&held, &answer, host);
+    assert_eq!(verdict, evaluate(&held, &answer, host), "two evaluations of the same answer differ");
+    let AnswerOutcome::Accept(accepted) = verdict else { return };
+    let desired = accepted.desired;
     let orders = answer.agents.as_deref().unwrap_or_default();
     if orders.is_empty() {
         assert_eq!(desired.agents, held.agents, "an empty list removes");
@@ -76,8 +76,8 @@ pub fn answer(data: &[u8]) {
     // An accepted state is held, and is not accepted again each time.
     let kept = serde_json::to_vec(&desired).expect("a desired state can be written");
     assert_eq!(serde_json::from_slice::<DesiredState>(&kept).expect("and read"), desired);
-    let again = judge(&desired, &answer, host);
-    assert!(!matches!(again, AnswerOutcome::Take(taken) if taken.new_lineage));
+    let again = evaluate(&desired, &answer, host);
+    assert!(!matches!(again, AnswerOutcome::Accept(accepted) if accepted.new_lineage));
 }
 
 pub fn agent_toml(data: &[u8]) {

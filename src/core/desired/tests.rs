@@ -1,4 +1,4 @@
-//! Facts about what answers make of a desired state.
+//! How answers change a desired state.
 
 use proptest::prelude::*;
 
@@ -40,35 +40,35 @@ const NOW: u64 = 1_790_000_000_000;
 
 fn host(present: &BTreeSet<AgentName>) -> AnswerContext<'_> {
     let clocks = Clocks { host: NOW, gateway: Some(NOW) };
-    AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present, by_stand_in: false }
+    AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present, from_fallback: false }
 }
 
-fn judge(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
-    super::judge(held, answer, host(present))
+fn evaluate(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
+    super::evaluate(held, answer, host(present))
 }
 
-fn judge_stand_in(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
-    super::judge(held, answer, AnswerContext { by_stand_in: true, ..host(present) })
+fn evaluate_fallback(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
+    super::evaluate(held, answer, AnswerContext { from_fallback: true, ..host(present) })
 }
 
-fn refusal(held: &DesiredState, answer: &Answer) -> String {
-    match judge(held, &BTreeSet::new(), answer) {
-        AnswerOutcome::Refuse(why) => why,
+fn rejection(held: &DesiredState, answer: &Answer) -> String {
+    match evaluate(held, &BTreeSet::new(), answer) {
+        AnswerOutcome::Reject(why) => why,
         other => panic!("{other:?}"),
     }
 }
 
-fn take(held: &DesiredState, answer: &Answer) -> DesiredState {
+fn accept(held: &DesiredState, answer: &Answer) -> DesiredState {
     let present = held.agents.keys().cloned().collect();
-    match judge(held, &present, answer) {
-        AnswerOutcome::Take(taken) => {
-            let kept = serde_json::to_string(&taken.desired).unwrap();
+    match evaluate(held, &present, answer) {
+        AnswerOutcome::Accept(accepted) => {
+            let kept = serde_json::to_string(&accepted.desired).unwrap();
             assert_eq!(
                 serde_json::from_str::<DesiredState>(&kept).unwrap(),
-                taken.desired,
-                "it is kept as it is taken"
+                accepted.desired,
+                "the stored state differs from the accepted one"
             );
-            taken.desired
+            accepted.desired
         }
         other => panic!("{other:?}"),
     }
@@ -88,15 +88,15 @@ fn fields_of_a_later_version_are_kept_and_change_nothing() {
         ("complete".to_owned(), AnyValue::Bool(true)),
     ]);
     let held = DesiredState { unknown, ..DesiredState::default() };
-    let held = take(&held, &with(1, 1));
+    let held = accept(&held, &with(1, 1));
     assert_eq!(held.unknown, UnknownFields::from([("later".to_owned(), AnyValue::Natural(1))]));
     assert_eq!(held.agents[&"a".parse().unwrap()].unknown, later(1));
     for bytes in [0, 1, 2] {
-        assert_eq!(judge(&held, &BTreeSet::new(), &with(1, bytes)), AnswerOutcome::Unchanged);
+        assert_eq!(evaluate(&held, &BTreeSet::new(), &with(1, bytes)), AnswerOutcome::Unchanged);
     }
-    // Of the list that is taken they are kept, as far as there is room for them.
-    assert_eq!(take(&held, &with(2, 4_000)).agents[&"a".parse().unwrap()].unknown, later(4_000));
-    assert_eq!(take(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, UnknownFields::new());
+    // Those of the accepted list are stored if they fit.
+    assert_eq!(accept(&held, &with(2, 4_000)).agents[&"a".parse().unwrap()].unknown, later(4_000));
+    assert_eq!(accept(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, UnknownFields::new());
 }
 
 fn names(desired: &DesiredState) -> Vec<&str> {
@@ -104,125 +104,127 @@ fn names(desired: &DesiredState) -> Vec<&str> {
 }
 
 #[test]
-fn only_a_complete_list_that_is_not_empty_removes_what_it_does_not_name() {
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
-    assert_eq!(names(&take(&held, &answer("l", 2, true, &[]))), ["a", "b"]);
-    assert_eq!(names(&take(&held, &answer("l", 2, false, &[]))), ["a", "b"]);
-    assert_eq!(names(&take(&held, &answer("l", 2, false, &[("a", "start")]))), ["a", "b"]);
-    let after = take(&held, &answer("l", 2, true, &[("a", "start")]));
+fn only_a_complete_list_that_is_not_empty_removes_omitted_sub_agents() {
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
+    assert_eq!(names(&accept(&held, &answer("l", 2, true, &[]))), ["a", "b"]);
+    assert_eq!(names(&accept(&held, &answer("l", 2, false, &[]))), ["a", "b"]);
+    assert_eq!(names(&accept(&held, &answer("l", 2, false, &[("a", "start")]))), ["a", "b"]);
+    let after = accept(&held, &answer("l", 2, true, &[("a", "start")]));
     assert_eq!(names(&after), ["a"]);
     assert!(after.removed.contains(&"b".parse().unwrap()));
-    for (complete, told) in [(true, 2), (false, 0)] {
-        let AnswerOutcome::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
+    for (complete, kept) in [(true, 2), (false, 0)] {
+        let AnswerOutcome::Accept(accepted) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
             panic!()
         };
-        assert_eq!(taken.kept, told);
+        assert_eq!(accepted.kept, kept);
     }
     let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
-    assert_eq!(judge(&held, &BTreeSet::new(), &without_agents), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate(&held, &BTreeSet::new(), &without_agents), AnswerOutcome::Unchanged);
 }
 
 #[test]
-fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
+fn a_complete_list_also_removes_installed_sub_agents_that_were_never_ordered() {
     let present = BTreeSet::from(["stray".parse().unwrap()]);
-    let AnswerOutcome::Take(taken) =
-        judge(&DesiredState::default(), &present, &answer("l", 1, true, &[("a", "start")]))
+    let AnswerOutcome::Accept(accepted) =
+        evaluate(&DesiredState::default(), &present, &answer("l", 1, true, &[("a", "start")]))
     else {
         panic!()
     };
-    assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
+    assert!(accepted.desired.removed.contains(&"stray".parse().unwrap()));
 }
 
 #[test]
-fn an_uninstalled_one_may_come_back() {
-    let held = take(&DesiredState::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
-    let gone = take(&held, &answer("l", 2, false, &[("a", "uninstall")]));
+fn an_uninstalled_sub_agent_can_be_ordered_again() {
+    let held = accept(&DesiredState::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
+    let gone = accept(&held, &answer("l", 2, false, &[("a", "uninstall")]));
     assert_eq!(names(&gone), ["b"]);
-    let back = take(&gone, &answer("l", 3, false, &[("a", "start")]));
+    let back = accept(&gone, &answer("l", 3, false, &[("a", "start")]));
     assert_eq!(names(&back), ["a", "b"]);
     assert!(back.removed.is_empty());
 }
 
 #[test]
 fn a_generation_only_grows_within_its_lineage() {
-    let held = take(&DesiredState::default(), &answer("l", 5, true, &[("a", "start")]));
-    let judged = |answer| judge(&held, &BTreeSet::new(), &answer);
-    assert!(matches!(judged(answer("l", 4, true, &[("a", "start")])), AnswerOutcome::Refuse(_)));
-    assert!(matches!(judged(answer("l", 5, true, &[("a", "stop")])), AnswerOutcome::Refuse(_)));
-    assert_eq!(judged(answer("l", 5, true, &[("a", "start")])), AnswerOutcome::Unchanged);
-    // Who counts nothing at all is heard too, and not anew each time.
+    let held = accept(&DesiredState::default(), &answer("l", 5, true, &[("a", "start")]));
+    let evaluated = |answer| evaluate(&held, &BTreeSet::new(), &answer);
+    assert!(matches!(evaluated(answer("l", 4, true, &[("a", "start")])), AnswerOutcome::Reject(_)));
+    assert!(matches!(evaluated(answer("l", 5, true, &[("a", "stop")])), AnswerOutcome::Reject(_)));
+    assert_eq!(evaluated(answer("l", 5, true, &[("a", "start")])), AnswerOutcome::Unchanged);
+    // A list without lineage and generation is accepted too, once.
     let uncounted = Answer { lineage: None, ..answer("", 0, true, &[("a", "start")]) };
-    let taken = take(&DesiredState::default(), &uncounted);
-    assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
-    assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), AnswerOutcome::Take(taken) if taken.new_lineage));
+    let accepted = accept(&DesiredState::default(), &uncounted);
+    assert_eq!(evaluate(&accepted, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
+    assert!(
+        matches!(evaluated(answer("m", 1, true, &[("a", "stop")])), AnswerOutcome::Accept(accepted) if accepted.new_lineage)
+    );
 }
 
 #[test]
-fn a_stand_ins_list_that_is_repeated_is_no_other_content() {
-    let held = take(&DesiredState::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
+fn a_repeated_list_of_a_fallback_endpoint_changes_nothing() {
+    let held = accept(&DesiredState::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
     let present = held.agents.keys().cloned().collect();
     let list = answer("m", 1, true, &[("a", "start")]);
-    let AnswerOutcome::Take(taken) = judge_stand_in(&held, &present, &list) else { panic!() };
-    assert_eq!(names(&taken.desired), ["a", "b"]);
-    assert_eq!(judge_stand_in(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
-    assert_eq!(judge(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    let AnswerOutcome::Accept(accepted) = evaluate_fallback(&held, &present, &list) else { panic!() };
+    assert_eq!(names(&accepted.desired), ["a", "b"]);
+    assert_eq!(evaluate_fallback(&accepted.desired, &present, &list), AnswerOutcome::Unchanged);
+    assert_eq!(evaluate(&accepted.desired, &present, &list), AnswerOutcome::Unchanged);
     let next = answer("m", 2, true, &[("a", "start")]);
-    let AnswerOutcome::Take(taken) = judge_stand_in(&taken.desired, &present, &next) else { panic!() };
-    assert_eq!(names(&taken.desired), ["a"], "its own next list is its own");
+    let AnswerOutcome::Accept(accepted) = evaluate_fallback(&accepted.desired, &present, &next) else { panic!() };
+    assert_eq!(names(&accepted.desired), ["a"], "the next list of that endpoint removes what it omits");
 }
 
 #[test]
-fn whoever_counts_nothing_can_still_have_a_stray_removed() {
+fn a_list_without_generation_can_remove_a_stray_sub_agent() {
     let uncounted = |cmds: &[(&str, &str)]| Answer { lineage: None, ..answer("", 0, false, cmds) };
-    let held = take(&DesiredState::default(), &uncounted(&[("a", "start")]));
+    let held = accept(&DesiredState::default(), &uncounted(&[("a", "start")]));
     let present = BTreeSet::from(["a".parse().unwrap(), "stray".parse().unwrap()]);
     let list = uncounted(&[("a", "start"), ("stray", "uninstall")]);
-    let AnswerOutcome::Take(taken) = judge(&held, &present, &list) else { panic!() };
-    assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
-    assert_eq!(judge(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    let AnswerOutcome::Accept(accepted) = evaluate(&held, &present, &list) else { panic!() };
+    assert!(accepted.desired.removed.contains(&"stray".parse().unwrap()));
+    assert_eq!(evaluate(&accepted.desired, &present, &list), AnswerOutcome::Unchanged);
 }
 
 #[test]
-fn a_generation_that_would_be_the_last_is_refused_and_one_that_is_held_is_left_again() {
-    let wanted = [("a", "start")];
-    let held = take(&DesiredState::default(), &answer("l", 5, true, &wanted));
+fn a_generation_far_ahead_is_rejected_and_a_held_one_is_given_up_for_a_lower_one() {
+    let ordered = [("a", "start")];
+    let held = accept(&DesiredState::default(), &answer("l", 5, true, &ordered));
     for far in [u64::MAX, 1 << 53, NOW * 2] {
         for lineage in ["l", "m"] {
-            let why = refusal(&held, &answer(lineage, far, true, &[("a", "stop")]));
+            let why = rejection(&held, &answer(lineage, far, true, &[("a", "stop")]));
             assert!(why.contains("ahead of the clocks"), "{why}");
         }
-        // As an older version may have taken it.
+        // An older version may have accepted it.
         let absurd = DesiredState { generation: far, ..held.clone() };
         for (lineage, generation) in [("m", 1), ("l", NOW), ("l", 6)] {
             let back = answer(lineage, generation, true, &[("a", "stop")]);
-            let AnswerOutcome::Take(taken) = judge(&absurd, &BTreeSet::new(), &back) else {
+            let AnswerOutcome::Accept(accepted) = evaluate(&absurd, &BTreeSet::new(), &back) else {
                 panic!("{lineage} {generation}")
             };
-            let AcceptedState { desired, new_lineage, led_back, .. } = *taken;
-            assert_eq!((new_lineage, led_back, desired.generation), (lineage == "m", lineage == "l", generation));
+            let AcceptedState { desired, new_lineage, moved_back, .. } = *accepted;
+            assert_eq!((new_lineage, moved_back, desired.generation), (lineage == "m", lineage == "l", generation));
             assert_eq!(desired.agents[&"a".parse().unwrap()].run, Run::Stop);
         }
-        assert_eq!(judge(&absurd, &BTreeSet::new(), &answer("l", far, true, &wanted)), AnswerOutcome::Unchanged);
+        assert_eq!(evaluate(&absurd, &BTreeSet::new(), &answer("l", far, true, &ordered)), AnswerOutcome::Unchanged);
     }
 }
 
 #[test]
-fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
+fn an_answer_beyond_the_limits_of_a_host_is_rejected_as_a_whole() {
     let names: Vec<String> = (0..1_001).map(|number| format!("a{number}")).collect();
     let orders = |from: usize, to: usize| -> Vec<(&str, &str)> {
         names[from..to].iter().map(|name| (name.as_str(), "start")).collect()
     };
-    let why = refusal(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_001)));
+    let why = rejection(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_001)));
     assert!(why.contains("1001 orders: at most 1000"), "{why}");
-    // Nor bit by bit.
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_000)));
-    let why = refusal(&held, &answer("l", 2, false, &orders(1_000, 1_001)));
+    // Several partial lists cannot exceed the limit either.
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_000)));
+    let why = rejection(&held, &answer("l", 2, false, &orders(1_000, 1_001)));
     assert!(why.contains("1001 sub-agents: at most 1000"), "{why}");
-    assert_eq!(take(&held, &answer("l", 2, true, &orders(1, 1_001))).agents.len(), 1_000);
-    // One that an older version has taken may shrink.
+    assert_eq!(accept(&held, &answer("l", 2, true, &orders(1, 1_001))).agents.len(), 1_000);
+    // A larger state that an older version accepted may shrink.
     let mut large = held.clone();
     large.agents.extend(held.agents.iter().map(|(name, order)| (format!("{name}-b").parse().unwrap(), order.clone())));
-    assert_eq!(take(&large, &answer("l", 2, false, &[("a1", "uninstall")])).agents.len(), 1_999);
+    assert_eq!(accept(&large, &answer("l", 2, false, &[("a1", "uninstall")])).agents.len(), 1_999);
 
     type Change = fn(&mut Answer);
     let changes: [(Change, &str); 2] = [
@@ -233,15 +235,15 @@ fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
         let mut changed = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
         let others = (0..7).map(|number| MessageItem::Read(order(&format!("c{number}"), "start")));
         changed.agents.iter_mut().for_each(|orders| orders.extend(others.clone()));
-        assert!(matches!(judge(&held, &BTreeSet::new(), &changed), AnswerOutcome::Take(_)));
+        assert!(matches!(evaluate(&held, &BTreeSet::new(), &changed), AnswerOutcome::Accept(_)));
         change(&mut changed);
-        let why = refusal(&held, &changed);
+        let why = rejection(&held, &changed);
         assert!(why.contains(words), "{why}");
     }
 }
 
 #[test]
-fn the_document_names_the_bounds_of_orders() {
+fn the_protocol_document_states_the_limits_of_orders() {
     assert_eq!((MAX_TARBALL_BYTES, MAX_FILE_BYTES, MAX_LINEAGE_BYTES, MAX_ENV_BYTES), (2_048, 255, 128, 1 << 20));
     for words in [
         "a `tarball` of more than 2,048 bytes",
@@ -266,9 +268,9 @@ fn first(answer: &mut Answer) -> &mut AgentOrder {
 }
 
 #[test]
-fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
-    let wanted = [("a", "start"), ("b", "start")];
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &wanted));
+fn an_invalid_order_is_rejected_alone_and_does_not_count_as_omitted() {
+    let ordered = [("a", "start"), ("b", "start")];
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &ordered));
     type Change = fn(&mut AgentOrder);
     let changes: [(Change, &str); 7] = [
         (|order| order.package.tarball = Some("t".repeat(2_049)), "a tarball of 2049 bytes: at most 2048"),
@@ -279,26 +281,27 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         (|order| order.package.version = "current".parse().unwrap(), "the version current is reserved"),
         (|order| order.package.version = "Current".parse().unwrap(), "the version Current is reserved"),
     ];
-    let judged = |change: &dyn Fn(&mut Vec<MessageItem<AgentOrder>>)| {
+    let evaluated = |change: &dyn Fn(&mut Vec<MessageItem<AgentOrder>>)| {
         let mut answer = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
         change(answer.agents.as_mut().unwrap());
-        let after = take(&held, &answer);
+        let after = accept(&held, &answer);
         let present = held.agents.keys().cloned().collect();
-        assert_eq!(judge(&after, &present, &answer), AnswerOutcome::Unchanged, "it is taken once");
+        assert_eq!(evaluate(&after, &present, &answer), AnswerOutcome::Unchanged, "the same answer is accepted twice");
         assert!(after.removed.is_empty() && after.omitted().is_empty());
         after
     };
     let b = |desired: &DesiredState| desired.agents[&"b".parse().unwrap()].run;
-    let reasons = |desired: &DesiredState| desired.refused().map(|refusal| refusal.why.clone()).collect::<Vec<_>>();
+    let reasons =
+        |desired: &DesiredState| desired.rejected().map(|rejection| rejection.why.clone()).collect::<Vec<_>>();
     for (change, words) in changes {
-        let after = judged(&|items| {
+        let after = evaluated(&|items| {
             let MessageItem::Read(order) = &mut items[0] else { panic!() };
             change(order);
         });
-        let refusal = after.refused().next().unwrap();
-        assert_eq!(refusal.name.as_ref().map(AgentName::as_str), Some("a"));
-        assert!(refusal.why.contains(words), "{refusal:?}");
-        // It stays as it was, and the other order is followed.
+        let rejection = after.rejected().next().unwrap();
+        assert_eq!(rejection.name.as_ref().map(AgentName::as_str), Some("a"));
+        assert!(rejection.why.contains(words), "{rejection:?}");
+        // The sub-agent stays unchanged, and the other order is carried out.
         assert_eq!(after.agents[&"a".parse().unwrap()], held.agents[&"a".parse().unwrap()]);
         assert_eq!(b(&after), Run::Stop);
     }
@@ -306,35 +309,35 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         MessageItem::Unreadable(Unreadable {
             name: name.map(|name| name.parse().unwrap()),
             why: "no".to_owned(),
-            mark: 1,
+            hash: 1,
         })
     };
-    let named = judged(&|items| items[0] = unreadable(Some("a")));
+    let named = evaluated(&|items| items[0] = unreadable(Some("a")));
     assert_eq!((names(&named), b(&named), reasons(&named)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
-    // Whose order it is is not known: nothing is omitted, though the list says that it is complete.
-    let unnamed = judged(&|items| items[0] = unreadable(None));
+    // The order names no sub-agent that can be read: nothing counts as omitted, although the list is marked as complete.
+    let unnamed = evaluated(&|items| items[0] = unreadable(None));
     assert_eq!((names(&unnamed), b(&unnamed), reasons(&unnamed)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
-    let twice = judged(&|items| items.push(MessageItem::Read(order("a", "stop"))));
+    let twice = evaluated(&|items| items.push(MessageItem::Read(order("a", "stop"))));
     assert_eq!(twice.agents[&"a".parse().unwrap()].run, Run::Start);
     assert!(reasons(&twice)[0].contains("twice"));
-    // A different order that is refused for the same reason is reported too.
+    // A different order that is rejected for the same reason is reported too.
     let unlike = |version: &str| {
-        judged(&|items| {
+        evaluated(&|items| {
             let MessageItem::Read(order) = &mut items[0] else { panic!() };
             (order.package.version, order.package.file) = (version.parse().unwrap(), Some("f".repeat(256)));
         })
     };
     assert_eq!(reasons(&unlike("2")), reasons(&unlike("3")));
-    assert!(unlike("2").refused().ne(unlike("3").refused()) && unlike("2").refused().eq(unlike("2").refused()));
-    // The next list that is good ends it.
-    assert_eq!(take(&twice, &answer("l", 3, true, &wanted)).refused().count(), 0);
-    let of_others = take(&twice, &answer("l", 3, false, &[("b", "start")]));
-    assert_eq!(of_others.refused().count(), 1, "a list that says nothing of it changes nothing");
-    assert_eq!(take(&of_others, &answer("l", 4, false, &[("a", "start")])).refused().count(), 0);
+    assert!(unlike("2").rejected().ne(unlike("3").rejected()) && unlike("2").rejected().eq(unlike("2").rejected()));
+    // The next list with a valid order clears the rejection.
+    assert_eq!(accept(&twice, &answer("l", 3, true, &ordered)).rejected().count(), 0);
+    let of_others = accept(&twice, &answer("l", 3, false, &[("b", "start")]));
+    assert_eq!(of_others.rejected().count(), 1, "a list that does not name it changes nothing");
+    assert_eq!(accept(&of_others, &answer("l", 4, false, &[("a", "start")])).rejected().count(), 0);
 }
 
 #[test]
-fn an_order_that_a_later_version_can_follow_is_followed_under_the_same_number() {
+fn an_order_that_only_a_later_version_can_read_is_accepted_under_the_same_generation() {
     let mut list = answer("l", 5, true, &[("a", "start"), ("b", "start")]);
     let items = list.agents.as_mut().unwrap();
     let good = std::mem::replace(
@@ -342,47 +345,47 @@ fn an_order_that_a_later_version_can_follow_is_followed_under_the_same_number() 
         MessageItem::Unreadable(Unreadable {
             name: Some("b".parse().unwrap()),
             why: "a later notation".to_owned(),
-            mark: 1,
+            hash: 1,
         }),
     );
-    let held = take(&DesiredState::default(), &list);
+    let held = accept(&DesiredState::default(), &list);
     assert_eq!(names(&held), ["a"]);
     list.agents.as_mut().unwrap()[1] = good;
-    let after = take(&held, &list);
-    assert_eq!((names(&after), after.generation, after.refused().count()), (vec!["a", "b"], 5, 0));
+    let after = accept(&held, &list);
+    assert_eq!((names(&after), after.generation, after.rejected().count()), (vec!["a", "b"], 5, 0));
 }
 
 #[test]
-fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_long_enough() {
+fn a_sub_agent_omitted_by_a_complete_list_stays_as_ordered_until_the_removal_delay_has_passed() {
     let late = |generation, complete, agents: &[(&str, &str)]| Answer {
         removal_delay: Some(60),
         ..answer("l", generation, complete, agents)
     };
-    let held = take(&DesiredState::default(), &late(1, true, &[("a", "start"), ("b", "start")]));
-    let mut omits = take(&held, &late(2, true, &[("a", "start")]));
+    let held = accept(&DesiredState::default(), &late(1, true, &[("a", "start"), ("b", "start")]));
+    let mut omits = accept(&held, &late(2, true, &[("a", "start")]));
     let seconds = |desired: &DesiredState| desired.omitted().values().copied().collect::<Vec<_>>();
     assert_eq!((omits.agents.clone(), seconds(&omits)), (held.agents.clone(), vec![0]));
     omits.count_omission(59);
     assert_eq!(omits.without_omitted(60), None);
-    // Another list that omits it, too: it has waited so far.
-    let mut omits = take(&omits, &late(3, true, &[("a", "stop")]));
+    // The next list omits it too: the time already waited counts.
+    let mut omits = accept(&omits, &late(3, true, &[("a", "stop")]));
     assert_eq!((names(&omits), seconds(&omits)), (vec!["a", "b"], vec![59]));
     let present: BTreeSet<AgentName> = held.agents.keys().cloned().collect();
-    assert_eq!(judge(&omits, &present, &late(3, true, &[("a", "stop")])), AnswerOutcome::Unchanged);
-    // The list that names it again, under the same number, has different content.
+    assert_eq!(evaluate(&omits, &present, &late(3, true, &[("a", "stop")])), AnswerOutcome::Unchanged);
+    // A list that names it again under the same generation has different content.
     assert!(matches!(
-        judge(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])),
-        AnswerOutcome::Refuse(_)
+        evaluate(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])),
+        AnswerOutcome::Reject(_)
     ));
     for (list, stays, waited) in [
         (late(4, true, &[("a", "stop"), ("b", "start")]), true, vec![]),
         (late(4, false, &[("b", "start")]), true, vec![]),
         (late(4, false, &[("a", "stop")]), true, vec![59]),
-        // An empty list omits nothing, and what is ordered is at once.
+        // An empty list omits nothing. An uninstall order takes effect at once.
         (late(4, true, &[]), true, vec![]),
         (late(4, true, &[("a", "stop"), ("b", "uninstall")]), false, vec![]),
     ] {
-        let after = take(&omits, &list);
+        let after = accept(&omits, &list);
         let is_there = after.agents.contains_key(&"b".parse().unwrap());
         assert_eq!((is_there, seconds(&after)), (stays, waited), "{list:?}");
         assert_eq!(after.removed.is_empty(), stays, "{list:?}");
@@ -391,23 +394,23 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
     let after = omits.without_omitted(60).unwrap();
     assert_eq!((names(&after), seconds(&after)), (vec!["a"], vec![]));
     assert!(after.removed.contains(&"b".parse().unwrap()));
-    // Where no answer says otherwise it is five minutes.
-    let after = take(&held, &Answer { removal_delay: None, ..late(2, true, &[("a", "start")]) });
+    // The default is five minutes.
+    let after = accept(&held, &Answer { removal_delay: None, ..late(2, true, &[("a", "start")]) });
     assert_eq!((names(&after), removal_delay(&late(1, true, &[]))), (vec!["a", "b"], 60));
 }
 
 #[test]
-fn the_wait_survives_a_restart_and_an_older_manager_in_between_ends_it() {
+fn the_removal_delay_survives_a_restart_and_an_older_manager_in_between_resets_it() {
     let late =
         |generation, agents: &[(&str, &str)]| Answer { removal_delay: None, ..answer("l", generation, true, agents) };
-    let held = take(&DesiredState::default(), &late(1, &[("a", "start"), ("b", "start")]));
-    let mut omits = take(&held, &late(2, &[("a", "start")]));
+    let held = accept(&DesiredState::default(), &late(1, &[("a", "start"), ("b", "start")]));
+    let mut omits = accept(&held, &late(2, &[("a", "start")]));
     omits.count_omission(7);
     let written = serde_json::to_value(&omits).unwrap();
     let mut read: DesiredState = serde_json::from_value(written.clone()).unwrap();
     read.forget_stale();
     assert_eq!(read, omits);
-    // It knows nothing of it, and writes it back beside the next list, which names it again.
+    // An older manager writes the unknown field back next to a newer list, which names the sub-agent again.
     let mut older = written;
     older["generation"] = 3.into();
     let mut read: DesiredState = serde_json::from_value(older).unwrap();
@@ -420,25 +423,26 @@ fn env(count: usize, length: usize) -> Env {
 }
 
 #[test]
-fn what_was_never_there_is_not_remembered_as_removed() {
-    let held = take(&DesiredState::default(), &answer("l", 1, false, &[("a", "start")]));
-    let after = take(&held, &answer("l", 2, false, &[("a", "uninstall"), ("b", "uninstall")]));
+fn a_sub_agent_that_was_never_installed_is_not_recorded_as_removed() {
+    let held = accept(&DesiredState::default(), &answer("l", 1, false, &[("a", "start")]));
+    let after = accept(&held, &answer("l", 2, false, &[("a", "uninstall"), ("b", "uninstall")]));
     assert_eq!(after.removed, BTreeSet::from(["a".parse().unwrap()]));
-    assert!(take(&after, &answer("l", 3, false, &[("c", "start")])).removed.is_empty());
+    assert!(accept(&after, &answer("l", 3, false, &[("c", "start")])).removed.is_empty());
 }
 
 #[test]
-fn an_unknown_command_changes_nothing_and_is_told() {
-    let held = take(&DesiredState::default(), &answer("l", 1, true, &[("a", "start")]));
-    let AnswerOutcome::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")])) else {
+fn an_order_with_an_unknown_command_changes_nothing_and_is_reported() {
+    let held = accept(&DesiredState::default(), &answer("l", 1, true, &[("a", "start")]));
+    let AnswerOutcome::Accept(accepted) = evaluate(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")]))
+    else {
         panic!()
     };
-    assert_eq!(taken.desired.agents, held.agents);
-    let refused: Vec<&RejectedOrder> = taken.desired.refused().collect();
-    assert!(refused[0].is_unsupported && refused[0].why.contains("cannot dance a"), "{refused:?}");
+    assert_eq!(accepted.desired.agents, held.agents);
+    let rejected: Vec<&RejectedOrder> = accepted.desired.rejected().collect();
+    assert!(rejected[0].is_unsupported && rejected[0].why.contains("cannot dance a"), "{rejected:?}");
 }
 
-/// One of few agents, ordered in any way.
+/// An answer with any orders for few sub-agents.
 fn any_answer() -> impl Strategy<Value = Answer> {
     let name = prop::sample::select(vec!["a", "b", "c"]);
     let cmd = prop::sample::select(vec!["start", "stop", "uninstall", "dance"]);
@@ -452,13 +456,13 @@ fn any_answer() -> impl Strategy<Value = Answer> {
 }
 
 proptest! {
-    /// Whatever a gateway answers, one after the other: nothing goes but by an order, and nothing is taken twice.
+    /// In any sequence of answers, a sub-agent is removed by an order only, and no answer is accepted twice.
     #[test]
-    fn nothing_is_removed_but_by_an_order(answers in prop::collection::vec(any_answer(), 1..12)) {
+    fn a_sub_agent_is_removed_by_an_order_only(answers in prop::collection::vec(any_answer(), 1..12)) {
         let (mut held, present) = (DesiredState::default(), BTreeSet::new());
         for answer in answers {
-            let AnswerOutcome::Take(taken) = judge(&held, &present, &answer) else { continue };
-            let AcceptedState { desired, new_lineage, .. } = *taken;
+            let AnswerOutcome::Accept(accepted) = evaluate(&held, &present, &answer) else { continue };
+            let AcceptedState { desired, new_lineage, .. } = *accepted;
             let orders = answer.agents.as_deref().unwrap_or_default();
             for gone in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
                 let uninstalls = |item: &MessageItem<AgentOrder>| {
@@ -467,11 +471,11 @@ proptest! {
                 let uninstalled = orders.iter().any(uninstalls);
                 prop_assert!(uninstalled || (answer.complete && !orders.is_empty()), "{gone} is gone");
             }
-            let is_followed_further = held.refused().next().is_some() && desired.generation == held.generation;
-            let is_next = desired.generation > held.generation || is_followed_further;
+            let retries_rejected = held.rejected().next().is_some() && desired.generation == held.generation;
+            let is_next = desired.generation > held.generation || retries_rejected;
             prop_assert!(new_lineage || held == DesiredState::default() || is_next);
             prop_assert!(desired.agents.keys().all(|name| !desired.removed.contains(name)));
-            prop_assert_eq!(judge(&desired, &present, &answer), AnswerOutcome::Unchanged);
+            prop_assert_eq!(evaluate(&desired, &present, &answer), AnswerOutcome::Unchanged);
             held = desired;
         }
     }

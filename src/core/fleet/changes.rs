@@ -1,4 +1,4 @@
-//! What hosts get to do when one fleet takes the place of another, for an operator to read before it happens.
+//! The changes on hosts when one fleet file replaces another, for an operator to review before they take effect.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -6,16 +6,16 @@ use std::fmt;
 use super::{Fleet, HostFacts};
 use crate::core::order::{Order, Run};
 
-/// What differs.
+/// The differences between two fleets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FleetChanges {
-    /// Each difference, with the number of hosts that it is for.
+    /// Each difference, with the number of hosts that it affects.
     pub lines: Vec<String>,
-    /// How many hosts it changes anything for.
+    /// Number of hosts with any difference.
     pub hosts: usize,
 }
 
-/// One difference, of the same kind on all hosts that have it.
+/// One difference, identical on all hosts that have it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum FleetChange {
     Manager {
@@ -39,7 +39,7 @@ enum FleetChange {
         name: String,
         stops: bool,
     },
-    /// Its environment, or the count of its tries.
+    /// Its environment, or `retry`.
     Settings {
         name: String,
     },
@@ -49,19 +49,19 @@ impl fmt::Display for FleetChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             FleetChange::Manager { from: Some(from), to: Some(to) } => write!(f, "the manager: {from} -> {to}"),
-            FleetChange::Manager { from: None, to: Some(to) } => write!(f, "the manager: {to} is ordered"),
-            FleetChange::Manager { from: _, to: None } => write!(f, "the manager: no version is ordered any more"),
-            FleetChange::Removed { name, version } => write!(f, "{name}: {version} is removed"),
-            FleetChange::Added { name, version } => write!(f, "{name}: {version} is added"),
+            FleetChange::Manager { from: None, to: Some(to) } => write!(f, "the manager: {to} ordered"),
+            FleetChange::Manager { from: _, to: None } => write!(f, "the manager: no version is ordered"),
+            FleetChange::Removed { name, version } => write!(f, "{name}: {version} removed"),
+            FleetChange::Added { name, version } => write!(f, "{name}: {version} added"),
             FleetChange::Version { name, from, to } => write!(f, "{name}: {from} -> {to}"),
-            FleetChange::Run { name, stops: true } => write!(f, "{name}: is stopped"),
-            FleetChange::Run { name, stops: false } => write!(f, "{name}: is started"),
-            FleetChange::Settings { name } => write!(f, "{name}: other settings"),
+            FleetChange::Run { name, stops: true } => write!(f, "{name}: stopped"),
+            FleetChange::Run { name, stops: false } => write!(f, "{name}: started"),
+            FleetChange::Settings { name } => write!(f, "{name}: settings changed"),
         }
     }
 }
 
-/// What `after` changes for these hosts where `before` is in force.
+/// The changes for these hosts when `after` replaces `before`.
 pub fn changes(before: Option<&Fleet>, after: &Fleet, hosts: &[HostFacts]) -> FleetChanges {
     let mut counts: BTreeMap<FleetChange, usize> = BTreeMap::new();
     let mut touched = 0;
@@ -149,11 +149,11 @@ mod tests {
             found.lines,
             [
                 "the manager: 1 -> 2, on 3 hosts",
-                "b: 1 is removed, on 3 hosts",
-                "d: 1 is added, on 2 hosts",
+                "b: 1 removed, on 3 hosts",
+                "d: 1 added, on 2 hosts",
                 "a: 1 -> 2, on 2 hosts",
-                "c: is stopped, on 3 hosts",
-                "a: other settings, on 2 hosts",
+                "c: stopped, on 3 hosts",
+                "a: settings changed, on 2 hosts",
             ]
         );
         assert_eq!(found.hosts, 3);

@@ -1,4 +1,4 @@
-//! Facts about fleet files: what is refused, what rules override, what a host is told.
+//! Which fleet files are rejected, what rules override, and which orders a host gets.
 
 use proptest::prelude::*;
 
@@ -9,7 +9,7 @@ fn fleet(text: &str) -> Fleet {
     toml::from_str(text).unwrap_or_else(|error| panic!("{error}"))
 }
 
-fn refusal(text: &str) -> String {
+fn rejection(text: &str) -> String {
     toml::from_str::<Fleet>(text).expect_err(text).to_string()
 }
 
@@ -68,7 +68,7 @@ fn rules_change_fields_and_variables_and_later_ones_win() {
     let env: Vec<(&str, &str)> = exporter.spec.env.iter().map(|(k, v)| (k.as_str(), v.reveal())).collect();
     assert_eq!(env, [("A", "2"), ("B", "3"), ("GOGC", "50")]);
 
-    // The first rule's agent ids do not hold, the second rule does.
+    // The first rule does not match because of its agent ids. The second does.
     let nine = fleet.desired(&host("1", "web-9"));
     assert_eq!(version_of(&nine, "node-exporter").as_deref(), Some("1.5.0"));
     assert_eq!(nine.agents[&"node-exporter".parse::<AgentName>().unwrap()].run, Run::Stop);
@@ -77,27 +77,27 @@ fn rules_change_fields_and_variables_and_later_ones_win() {
 }
 
 #[test]
-fn a_secret_is_told_to_the_host_and_never_quoted() {
+fn a_secret_is_sent_to_the_host_and_never_printed() {
     assert!(!fleet(EXAMPLE).has_secrets());
     let secret = "[agents.a]\nversion = \"1\"\nenv.TOKEN = { secret = \"hunter2\" }\n";
     let ruled = format!("{EXAMPLE}agents.extra.env.TOKEN.secret = \"hunter2\"\n");
     assert!(fleet(secret).has_secrets() && fleet(&ruled).has_secrets());
     let fleet = fleet(secret);
     let host = host("1", "h");
-    let told = tell(&fleet.desired(&host), &host, offer);
-    assert_eq!(told.agents[0].spec.env["TOKEN"].reveal(), "hunter2");
-    assert!(!format!("{fleet:?}{told:?}").contains("hunter2"));
+    let orders = orders_for(&fleet.desired(&host), &host, offer);
+    assert_eq!(orders.agents[0].spec.env["TOKEN"].reveal(), "hunter2");
+    assert!(!format!("{fleet:?}{orders:?}").contains("hunter2"));
     for bad in
         ["{ secrets = \"hunter2\" }", "[\"hunter2\"]", "{ secret = [\"hunter2\"] }", "{ secret = \"hunter2\", a = 1 }"]
     {
-        let error = refusal(&format!("[agents.a]\nversion = \"1\"\nenv.TOKEN = {bad}\n"));
+        let error = rejection(&format!("[agents.a]\nversion = \"1\"\nenv.TOKEN = {bad}\n"));
         let message = error.lines().last().unwrap_or_default();
         assert!(!message.contains("hunter2"), "{bad}: {message}");
     }
 }
 
 #[test]
-fn all_of_a_match_must_hold() {
+fn every_condition_of_a_match_must_hold() {
     let fleet = fleet(EXAMPLE);
     for (id, name) in [("1", "web-1"), ("5402", "db-1"), ("990", "web-1")] {
         assert_eq!(
@@ -113,7 +113,7 @@ fn all_of_a_match_must_hold() {
 }
 
 #[test]
-fn what_is_not_known_is_refused_with_its_name_and_line() {
+fn an_invalid_file_is_rejected_with_the_name_and_line() {
     for (text, words) in [
         ("\n\nhartbeatInterval = 3", &["line 3", "hartbeatInterval"][..]),
         ("[agents.a]\nversion = \"1\"\nlimits = { memory = \"1MiB\" }", &["line 3", "limits"]),
@@ -138,21 +138,21 @@ fn what_is_not_known_is_refused_with_its_name_and_line() {
         ("[agents.a]\nversion = \"1\"\n[agents.a]\nversion = \"2\"", &["line 3"]),
         ("[agents.a", &["line 1"]),
     ] {
-        let refusal = refusal(text);
+        let error = rejection(text);
         for word in words {
-            assert!(refusal.contains(word), "{text}\n{refusal}\n{word}");
+            assert!(error.contains(word), "{text}\n{error}\n{word}");
         }
     }
 }
 
 #[test]
-fn an_empty_file_is_a_fleet_that_wants_nothing() {
+fn an_empty_file_is_a_fleet_without_sub_agents() {
     let empty = fleet("");
-    assert_eq!(judge(&empty, None, &[], |_, _| false), Ok(()));
+    assert_eq!(evaluate(&empty, None, &[], |_, _| false), Ok(()));
     assert_eq!((empty.interval, empty.removal_delay), (DEFAULT_INTERVAL, DEFAULT_REMOVAL_DELAY));
     assert_eq!(fleet("removalDelay = \"0s\"").removal_delay, Duration::ZERO);
-    let told = tell(&empty.desired(&host("1", "a")), &host("1", "a"), offer);
-    assert!(told.agents.is_empty() && !told.complete && told.missing.is_none());
+    let orders = orders_for(&empty.desired(&host("1", "a")), &host("1", "a"), offer);
+    assert!(orders.agents.is_empty() && !orders.complete && orders.missing.is_none());
 }
 
 fn agents(names: &[&str]) -> String {
@@ -160,57 +160,59 @@ fn agents(names: &[&str]) -> String {
 }
 
 #[test]
-fn a_file_that_drops_most_is_refused_unless_it_says_so() {
+fn a_file_that_removes_most_sub_agents_needs_allow_removal() {
     let last_good = fleet(&agents(&["a", "b", "c", "d"]));
-    let judged = |text: &str| judge(&fleet(text), Some(&last_good), &[], |_, _| true);
-    assert_eq!(judged(&agents(&["a", "b"])), Ok(()));
-    assert!(matches!(judged(&agents(&["a"])), Err(FleetRejection::Drops { dropped: 3, of: 4, .. })));
-    assert!(matches!(judged(&agents(&["e", "f", "g", "h"])), Err(FleetRejection::Drops { dropped: 4, of: 4, .. })));
-    assert_eq!(judged(&format!("allowRemoval = true\n{}", agents(&["a"]))), Ok(()));
-    assert_eq!(judged(""), Err(FleetRejection::Empty));
-    assert_eq!(judged("allowRemoval = true"), Err(FleetRejection::Empty));
+    let evaluated = |text: &str| evaluate(&fleet(text), Some(&last_good), &[], |_, _| true);
+    assert_eq!(evaluated(&agents(&["a", "b"])), Ok(()));
+    assert!(matches!(evaluated(&agents(&["a"])), Err(FleetRejection::Drops { dropped: 3, of: 4, .. })));
+    assert!(matches!(evaluated(&agents(&["e", "f", "g", "h"])), Err(FleetRejection::Drops { dropped: 4, of: 4, .. })));
+    assert_eq!(evaluated(&format!("allowRemoval = true\n{}", agents(&["a"]))), Ok(()));
+    assert_eq!(evaluated(""), Err(FleetRejection::Empty));
+    assert_eq!(evaluated("allowRemoval = true"), Err(FleetRejection::Empty));
 }
 
 #[test]
-fn a_rule_that_takes_most_from_the_hosts_is_refused_too() {
+fn a_rule_that_removes_most_sub_agents_from_the_hosts_needs_allow_removal() {
     let last_good = fleet(&agents(&["a", "b"]));
     let narrowed = "[[rules]]\nmatch = { hostname = [\"one\"] }\nagents.a.version = \"1\"\nagents.b.version = \"1\"\n";
     let hosts: Vec<HostFacts> = ["one", "two", "three"].map(|name| host("1", name)).to_vec();
-    let judged = |text: &str| judge(&fleet(text), Some(&last_good), &hosts, |_, _| true);
-    assert_eq!(judged(narrowed), Err(FleetRejection::DropsFromHosts { dropped: 4, of: 6 }));
-    assert_eq!(judged(&format!("allowRemoval = true\n{narrowed}")), Ok(()));
+    let evaluated = |text: &str| evaluate(&fleet(text), Some(&last_good), &hosts, |_, _| true);
+    assert_eq!(evaluated(narrowed), Err(FleetRejection::DropsFromHosts { dropped: 4, of: 6 }));
+    assert_eq!(evaluated(&format!("allowRemoval = true\n{narrowed}")), Ok(()));
 }
 
 #[test]
-fn a_file_that_names_what_is_not_published_is_refused() {
+fn a_file_that_names_unpublished_releases_is_rejected() {
     let published = |name: &str, version: &Version| name == "node-exporter" && version.as_str() == "1.5.0";
-    let Err(FleetRejection::NoPackage(missing)) = judge(&fleet(EXAMPLE), None, &[], published) else {
-        panic!("not refused")
+    let Err(FleetRejection::NoPackage(missing)) = evaluate(&fleet(EXAMPLE), None, &[], published) else {
+        panic!("it was accepted")
     };
     assert_eq!(missing, ["aops-spm 0.1.0", "aops-spm 0.2.0", "extra 1", "legacy c57f6a1d", "node-exporter 1.6.0"]);
 }
 
 #[test]
-fn a_file_that_names_a_reserved_version_is_refused_and_one_that_is_in_force_stays() {
+fn a_reserved_version_is_rejected_for_a_sub_agent_and_allowed_for_the_manager() {
     let current = fleet("[manager]\nversion = \"current\"\n[agents.a]\nversion = \"Current\"\n");
-    let Err(FleetRejection::Reserved(why)) = judge(&current, None, &[], |_, _| true) else { panic!("not refused") };
+    let Err(FleetRejection::Reserved(why)) = evaluate(&current, None, &[], |_, _| true) else {
+        panic!("it was accepted")
+    };
     assert!(why.contains("agents.a: the version Current is reserved"), "{why}");
-    assert_eq!(judge(&fleet("[manager]\nversion = \"current\"\n"), None, &[], |_, _| true), Ok(()));
+    assert_eq!(evaluate(&fleet("[manager]\nversion = \"current\"\n"), None, &[], |_, _| true), Ok(()));
 }
 
 #[test]
-fn a_list_that_leaves_something_out_does_not_call_itself_complete() {
+fn a_list_with_missing_packages_is_not_complete() {
     let fleet = fleet(&agents(&["a", "absent", "b"]));
     let host = host("1", "x");
-    let told = tell(&fleet.desired(&host), &host, offer);
-    let names: Vec<&str> = told.agents.iter().map(|order| order.name.as_str()).collect();
+    let orders = orders_for(&fleet.desired(&host), &host, offer);
+    let names: Vec<&str> = orders.agents.iter().map(|order| order.name.as_str()).collect();
     assert_eq!(names, ["a", "b"]);
-    assert!(!told.complete);
-    assert!(told.missing.unwrap().contains("linux/amd64 of absent 1"));
+    assert!(!orders.complete);
+    assert!(orders.missing.unwrap().contains("linux/amd64 of absent 1"));
 }
 
 #[test]
-fn the_newest_is_by_semver_where_that_can_be_said_and_by_publication_elsewhere() {
+fn the_newest_version_is_by_semver_if_both_are_semver_else_by_publication() {
     for (published, expected) in [
         (&["1.9.0", "1.10.0", "1.2.0"][..], "1.10.0"),
         (&["c57f", "a1d2"], "a1d2"),
@@ -227,7 +229,7 @@ fn the_newest_is_by_semver_where_that_can_be_said_and_by_publication_elsewhere()
 
 proptest! {
     #[test]
-    fn the_order_of_rules_that_do_not_match_is_without_effect(count in 0usize..6, swap in 0usize..6) {
+    fn rules_that_do_not_match_have_no_effect(count in 0usize..6, swap in 0usize..6) {
         let base = agents(&["a", "b"]);
         let rule = |i: usize| format!("[[rules]]\nmatch = {{ hostname = [\"other-{i}\"] }}\nagents.a.version = \"{i}\"\n");
         let mut order: Vec<usize> = (0..count).collect();
@@ -237,10 +239,10 @@ proptest! {
     }
 
     #[test]
-    fn a_file_always_takes_its_own_place(names in prop::collection::btree_set("[a-z]{1,4}", 1..8)) {
+    fn a_file_may_always_replace_itself(names in prop::collection::btree_set("[a-z]{1,4}", 1..8)) {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let same = fleet(&agents(&names));
-        prop_assert_eq!(judge(&same, Some(&same), &[host("1", "x")], |_, _| true), Ok(()));
+        prop_assert_eq!(evaluate(&same, Some(&same), &[host("1", "x")], |_, _| true), Ok(()));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::UnpackLimits;
 use crate::core::model::Os;
-use crate::core::names::windows_can_hold;
+use crate::core::names::is_valid_windows_name;
 
 /// Normalizes a path: no `.`, no double slashes; empty for the root itself. Rejects paths that could lead out of the root.
 pub(super) fn relative(path: &str, os: Os, limits: &UnpackLimits) -> Result<String> {
@@ -41,7 +41,7 @@ fn can_be_file_name(name: &str, os: Os) -> bool {
     harmless
         && match os {
             Os::Linux => true,
-            Os::Windows => windows_can_hold(name),
+            Os::Windows => is_valid_windows_name(name),
         }
 }
 

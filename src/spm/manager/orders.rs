@@ -82,12 +82,12 @@ impl Manager {
             arch: platform::ARCH,
             clocks: Clocks::new(millis, clock_offset),
             present: &present,
-            by_stand_in: passed_over.is_some(),
+            from_fallback: passed_over.is_some(),
         };
         let delay = desired::removal_delay(answer);
         self.orders.count(Instant::now());
         self.orders.delay = Some(delay);
-        match desired::judge(self.orders.newest(), answer, host) {
+        match desired::evaluate(self.orders.newest(), answer, host) {
             AnswerOutcome::Unchanged => {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
                     && answer.generation == self.orders.held.generation;
@@ -97,7 +97,7 @@ impl Manager {
                     self.remove_omitted(delay);
                 }
             }
-            AnswerOutcome::Refuse(why) => {
+            AnswerOutcome::Reject(why) => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
                 if self.problems.get("desired") != Some(&why) {
                     self.journal.note("desired", "refused", EventSubject::default(), why.as_str());
@@ -105,7 +105,7 @@ impl Manager {
                 self.problems.insert("desired", why);
             }
             // Written to disk before it is applied: after a crash the manager must know what it started.
-            AnswerOutcome::Take(taken) => self.store_orders(taken, passed_over),
+            AnswerOutcome::Accept(taken) => self.store_orders(taken, passed_over),
         }
     }
 
@@ -115,7 +115,7 @@ impl Manager {
             return;
         }
         if let Some(desired) = self.orders.held.without_omitted(delay) {
-            let taken = AcceptedState { desired, new_lineage: false, led_back: false, kept: 0 };
+            let taken = AcceptedState { desired, new_lineage: false, moved_back: false, kept: 0 };
             return self.store_orders(Box::new(taken), None);
         }
         if self.orders.unwritten >= OMISSION_WRITE_INTERVAL.max(delay / 10) {
@@ -152,12 +152,12 @@ impl Manager {
 
     /// Applies a desired state that is durable.
     fn apply(&mut self, taken: AcceptedState, now: Instant) {
-        let AcceptedState { desired, new_lineage, led_back, kept } = taken;
+        let AcceptedState { desired, new_lineage, moved_back, kept } = taken;
         self.problems.remove("desired");
         if new_lineage {
             tracing::warn!(lineage = desired.lineage, "the lineage of the desired state changed");
         }
-        if led_back {
+        if moved_back {
             let text = format!(
                 "generation {} replaces generation {}, which was too far ahead for a wrong clock to explain",
                 desired.generation, self.orders.held.generation
@@ -200,9 +200,9 @@ impl Manager {
 
     /// Reports the rejected orders, each once.
     fn report_rejected_orders(&mut self, before: &DesiredState) {
-        let known: Vec<&RejectedOrder> = before.refused().collect();
+        let known: Vec<&RejectedOrder> = before.rejected().collect();
         let new: Vec<RejectedOrder> =
-            self.orders.held.refused().filter(|refusal| !known.contains(refusal)).cloned().collect();
+            self.orders.held.rejected().filter(|refusal| !known.contains(refusal)).cloned().collect();
         for refusal in new.iter().take(MAX_REPORTED_REJECTIONS) {
             let about = EventSubject { agent: refusal.name.as_ref(), version: None };
             match refusal.is_unsupported {
@@ -220,8 +220,8 @@ impl Manager {
 
     /// Shows the rejected orders as long as they are in force.
     pub(super) fn show_rejected_orders(&mut self) {
-        let words: Vec<String> = self.orders.held.refused().take(MAX_NAMED).map(describe_rejection).collect();
-        let more = self.orders.held.refused().count().saturating_sub(MAX_NAMED);
+        let words: Vec<String> = self.orders.held.rejected().take(MAX_NAMED).map(describe_rejection).collect();
+        let more = self.orders.held.rejected().count().saturating_sub(MAX_NAMED);
         match words.is_empty() {
             true => drop(self.problems.remove("orders")),
             false => {

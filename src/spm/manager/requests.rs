@@ -245,7 +245,7 @@ impl Manager {
                 // Shortly after the start, a running watchdog has not reconnected yet.
                 let comes = self.identity.started.elapsed() < WATCHDOG_CONNECT_TIMEOUT
                     && role::living(&self.home, Role::Spa).is_some();
-                status::judge(self.watchdog.is_connected() || comes, &agents, &problems)
+                status::home_state(self.watchdog.is_connected() || comes, &agents, &problems)
             }
         };
         Status {

@@ -126,7 +126,7 @@ fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     for (bad, reason) in [
         ("[agents.a]\nverzion = \"1\"\n", "verzion"),
         ("[agents.a]\nversion = \"3\"\n[agents.b]\nversion = \"1\"\n", "the depot has no package of a 3"),
-        ("", "it names no sub-agent any more"),
+        ("", "it no longer names any sub-agent"),
     ] {
         let refused = apply(&gateway, bad).expect_code(1);
         assert!(refused.stderr.contains("cannot apply") && refused.stderr.contains(reason), "{refused}");
@@ -135,8 +135,7 @@ fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     // The gateway's user can still read the file.
     set_mode(&gateway.path("fleet.toml"), 0o640);
     let said = apply(&gateway, "removalDelay = \"9s\"\n[agents.a]\nversion = \"2\"\n").expect_success();
-    for words in
-        ["changes 1 of 1 hosts", "a: 1 -> 2, on 1 host", "b: 1 is removed, on 1 host", "in force, as generation"]
+    for words in ["changes 1 of 1 hosts", "a: 1 -> 2, on 1 host", "b: 1 removed, on 1 host", "in force, as generation"]
     {
         assert!(said.contains(words), "{words}: {said}");
     }

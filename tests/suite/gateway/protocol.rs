@@ -483,8 +483,11 @@ fn only_a_newer_desired_state_is_accepted_and_it_removes_only_named_sub_agents()
     };
 
     for (wrong, reason) in [
-        (state("l", 4, true, &[order("a", "stop")]), "cannot take generation 4"),
-        (state("l", 5, true, &[order("a", "stop"), order("b", "stop")]), "it came before with other content"),
+        (state("l", 4, true, &[order("a", "stop")]), "cannot accept generation 4"),
+        (
+            state("l", 5, true, &[order("a", "stop"), order("b", "stop")]),
+            "it was accepted before with different content",
+        ),
     ] {
         gateway.answer(wrong);
         let status = host.wait_for_status(reason, SOON, |status| {

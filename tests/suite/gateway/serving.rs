@@ -57,12 +57,12 @@ fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
         ("[agents.a]\nversion = \"1\"\n[agents.b\n", "line 3"),
         ("[agents.a]\nverzion = \"1\"\n", "verzion"),
         ("[agents.a]\nversion = \"1_0\"\n", "1_0"),
-        ("", "it names no sub-agent any more"),
+        ("", "it no longer names any sub-agent"),
         (
             "[agents.a]\nversion = \"1\"\n",
-            "it drops 2 of 3 sub-agents (b, c); if that is meant, write allowRemoval = true",
+            "it removes 2 of 3 sub-agents (b, c); to allow that, set allowRemoval = true",
         ),
-        (&fleet("3"), "the depot has no package of c 3; publish it, or name another version"),
+        (&fleet("3"), "the depot has no package of c 3; publish it, or choose another version"),
         ("[[rules]]\nmatch = {}\nagents.a.version = \"1\"\n", "the match of rule 1"),
     ] {
         gateway.fleet(bad);

@@ -304,16 +304,16 @@ esac
 fn an_impossible_health_check_is_rejected_at_publication() {
     let gateway = Gateway::stopped();
     for (health, error) in [
-        ("", "give one of http, tcp, exec"),
+        ("", "set one of http, tcp, exec"),
         ("tcp = \"127.0.0.1:80\"\nhttp = \"http://127.0.0.1/\"", "more than one of http, tcp, exec"),
         ("http = \"127.0.0.1:80\"", "[health] http \"127.0.0.1:80\" is not an http:// or https:// URL"),
         ("tcp = \"127.0.0.1\"", "[health] tcp \"127.0.0.1\" is not host:port"),
         ("exec = [\"/bin/true\"]", "[health] exec \"/bin/true\" is not a path inside the package"),
         ("exec = [\"bin/none\"]", "runs bin/none, which is not in the package"),
-        ("tcp = \"a:1\"\ninterval = \"100ms\"", "[health] interval is not within 1s and 1h"),
-        ("tcp = \"a:1\"\ntimeout = 0", "[health] timeout is not within 100ms and 5m"),
-        ("tcp = \"a:1\"\nfailures = 0", "[health] failures is not within 1 and 100"),
-        ("tcp = \"a:1\"\nstartPeriod = \"2h\"", "[health] startPeriod is not within 0s and 1h"),
+        ("tcp = \"a:1\"\ninterval = \"100ms\"", "[health] interval must be from 1s to 1h"),
+        ("tcp = \"a:1\"\ntimeout = 0", "[health] timeout must be from 100ms to 5m"),
+        ("tcp = \"a:1\"\nfailures = 0", "[health] failures must be from 1 to 100"),
+        ("tcp = \"a:1\"\nstartPeriod = \"2h\"", "[health] startPeriod must be from 0s to 1h"),
         ("tcp = \"a:1\"\nretries = 3", "unknown field `retries`"),
         ("tcp = \"a:1\"\n[limits]\nmemory = \"1MiB\"", "unknown field `limits`"),
     ] {

@@ -97,7 +97,7 @@ fn the_maximum_generation_is_rejected() {
         let last =
             json!({"interval": 1, "lineage": lineage, "generation": generation, "complete": true, "agents": agents});
         scene.hostile.answer(last, Vec::new());
-        let said = format!("cannot take generation {generation}");
+        let said = format!("cannot accept generation {generation}");
         scene.assert_refused("desired", &[&said, "ahead of the clocks"]);
         let status =
             scene.host.wait_for_status("it to show", SOON, |status| status["problems"].to_string().contains(&said));
