@@ -189,7 +189,7 @@ fn decide(home: &Home, decision: OperatorDecision) -> Result<ExitCode> {
 
 fn not_installed(home: &Home, command: &ControlAction) -> ExitCode {
     if let ControlAction::Status { json: true, history: false } = command {
-        let status = Status::silent(home.known_as().display().to_string(), None, HomeState::NotInstalled);
+        let status = Status::silent(home.public_path().display().to_string(), None, HomeState::NotInstalled);
         if let Err(error) = show::print(&status, true) {
             message!("error: {error:#}");
         }
@@ -218,7 +218,7 @@ fn status(home: &Home) -> Result<Status> {
     let (spm, spa) = (role::living(home, Role::Spm), role::living(home, Role::Spa));
     let agents_run = process::tree::any_running(home);
     let state = if spm.is_none() && spa.is_none() && !agents_run { HomeState::Stopped } else { HomeState::Degraded };
-    let mut status = Status::silent(home.known_as().display().to_string(), version, state);
+    let mut status = Status::silent(home.public_path().display().to_string(), version, state);
     status.upgrade = installation::upgrade::load(home).ok().as_ref().and_then(UpgradeRecord::trial).map(upgrade_status);
     status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::RoleHolder::status);
     status.spa = spa.as_ref().map_or_else(RoleStatus::default, role::RoleHolder::status);

@@ -130,8 +130,9 @@ pub async fn serve(
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok(SocketPeer::Rejected { stream, peer, allowed }) => {
-                let why =
-                    format!("cannot accept a connection of {peer} to the control socket: it is restricted to {allowed}");
+                let why = format!(
+                    "cannot accept a connection of {peer} to the control socket: it is restricted to {allowed}"
+                );
                 // Without waiting: repeated attempts must not delay other clients. The manager logs the rejection.
                 let _ = requests.try_send(ControlRequest::Rejected { why: why.clone() });
                 tokio::spawn(async move {

@@ -46,7 +46,7 @@ impl<'a> Fetching<'a> {
         progress: &mut Progress<'_>,
     ) -> Result<VerifiedTree> {
         let min_epoch = self.epochs.least(request.release.name.as_str());
-        let request = PackageRequest { least_epoch: request.least_epoch.max(min_epoch), ..request };
+        let request = PackageRequest { min_epoch: request.min_epoch.max(min_epoch), ..request };
         limits.limit(self.config.download_rate.map(|rate| rate.0));
         let client = self.config.client(&self.trust, self.agent_id, self.config.download_timeouts())?;
         on_start(client.disconnector());

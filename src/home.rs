@@ -58,13 +58,13 @@ impl Home {
 
     /// The path that is passed to programs and units, and shown to operators. For the default home it is the same on every host, even if it
     /// leads through a link.
-    pub fn known_as(&self) -> PathBuf {
+    pub fn public_path(&self) -> PathBuf {
         if self.is_default() { default_root() } else { self.root.clone() }
     }
 
-    /// A path inside the home, below [`Home::known_as`].
-    pub fn as_known(&self, path: &Path) -> PathBuf {
-        path.strip_prefix(&self.root).map_or_else(|_| path.to_owned(), |below| self.known_as().join(below))
+    /// A path inside the home, below [`Home::public_path`].
+    pub fn to_public(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(&self.root).map_or_else(|_| path.to_owned(), |below| self.public_path().join(below))
     }
 
     /// Whether it is the default home.
@@ -339,7 +339,7 @@ impl Home {
 
     /// The paths that a running installation has created, or is about to create, in a new home. While it exists, the files in the home are
     /// ours.
-    pub fn install_made(&self) -> PathBuf {
+    pub fn install_journal(&self) -> PathBuf {
         self.install_work().join("made.json")
     }
 

@@ -9,7 +9,7 @@ use std::process::Child;
 use anyhow::Result;
 
 use crate::core::role::Role;
-use crate::core::service_manager::{ServiceManagerKind, UnitStanding};
+use crate::core::service_manager::{ServiceManagerKind, UnitCondition};
 use crate::home::Home;
 
 mod none;
@@ -105,7 +105,7 @@ pub fn restart(kind: ServiceManagerKind, home: &Home, roles: &[Role]) -> Result<
 }
 
 /// The state of a role's unit.
-pub fn standing(kind: ServiceManagerKind, home: &Home, role: Role) -> Result<UnitStanding> {
+pub fn standing(kind: ServiceManagerKind, home: &Home, role: Role) -> Result<UnitCondition> {
     of!(kind, standing(home, role))
 }
 

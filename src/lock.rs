@@ -31,7 +31,7 @@ pub fn take(path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
 }
 
 /// Like [`take`], for work that does not need a writable disk. On a read-only disk the file must exist already.
-pub fn take_on_any_disk(path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
+pub fn take_on_read_only_disk(path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
     take_by(open_to_lock, path, deadline)
 }
 

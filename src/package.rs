@@ -81,19 +81,19 @@ pub struct PackageRequest {
     /// Size of the package in bytes.
     pub size: Option<u64>,
     /// The epoch that the host has committed for this name; packages of a lower epoch are rejected.
-    pub least_epoch: u64,
+    pub min_epoch: u64,
 }
 
 impl PackageRequest {
     /// A request for a release about which nothing else is announced.
     pub fn new(release: Release) -> PackageRequest {
-        PackageRequest { release, tarball: None, file: None, sha256: None, size: None, least_epoch: 0 }
+        PackageRequest { release, tarball: None, file: None, sha256: None, size: None, min_epoch: 0 }
     }
 
     /// The request for the package of an order.
     pub fn of(package: &Package, name: &AgentName, os: Os, arch: Arch) -> PackageRequest {
         let Package { version: _, tarball, file, sha256, size } = package.clone();
-        PackageRequest { release: package.release(name, os, arch), tarball, file, sha256, size, least_epoch: 0 }
+        PackageRequest { release: package.release(name, os, arch), tarball, file, sha256, size, min_epoch: 0 }
     }
 
     /// The package's file name; `None` if the announced one does not belong to this release.

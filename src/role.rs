@@ -62,7 +62,7 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
     let mut command = Command::new(&program);
     command
         .arg("--home")
-        .arg(home.known_as())
+        .arg(home.public_path())
         .current_dir("/")
         .env_clear()
         .envs(platform::base_environment(None))
@@ -77,7 +77,7 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
 
 /// Acquires the role until the value is dropped; `None`: another process holds it and did not release it within `deadline`.
 pub fn acquire(home: &Home, role: Role, deadline: Duration) -> Result<Option<LockGuard>> {
-    lock::take_on_any_disk(&home.role_lock(role.name()), deadline)
+    lock::take_on_read_only_disk(&home.role_lock(role.name()), deadline)
 }
 
 /// Whether a process holds the role now.

@@ -137,7 +137,7 @@ fn continue_as_another(home: &Home, service: ServiceManagerKind) -> anyhow::Erro
         return error.context("the watchdog cannot continue as another program");
     }
     let mut command = Command::new(&program);
-    command.arg("--home").arg(home.known_as()).arg("--service").arg(service.to_string()).arg("--renewed");
+    command.arg("--home").arg(home.public_path()).arg("--service").arg(service.to_string()).arg("--renewed");
     let error = anyhow::Error::from(platform::become_program(&mut command));
     error.context(format!("the watchdog cannot continue as {}", program.display()))
 }

@@ -282,7 +282,7 @@ impl Agent {
                 actions
             }
             AgentEvent::Retry => self.clear_holds(),
-            AgentEvent::Configure { spec, runs_so, sound } => self.configure(spec, runs_so, sound, at),
+            AgentEvent::Configure { spec, spec_matches, sound } => self.configure(spec, spec_matches, sound, at),
             AgentEvent::Set(run) => {
                 self.run = run;
                 self.notify_supervisor(
@@ -327,14 +327,14 @@ impl Agent {
                 let waits = std::mem::take(&mut self.starts_when_inspected) && self.supervisor.is_starting();
                 if waits { self.start(at) } else { vec![] }
             }
-            AgentEvent::Launched { pid, version, runs_so } => {
+            AgentEvent::Launched { pid, version, spec_matches } => {
                 self.probation_started(&version, at.now);
                 self.running = Some(version);
                 let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Started { pid }, at);
                 if !self.is_busy() {
                     actions.extend(self.note_rollback(at));
                 }
-                if !runs_so {
+                if !spec_matches {
                     actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Restart, at));
                 }
                 actions
@@ -415,7 +415,7 @@ impl Agent {
     fn configure(
         &mut self,
         spec: Spec,
-        runs_so: bool,
+        spec_matches: bool,
         sound: Result<(), ReleaseError>,
         at: Moment,
     ) -> Vec<AgentAction> {
@@ -434,7 +434,7 @@ impl Agent {
             self.error = None;
             actions.extend(self.current().cloned().map(AgentAction::Inspect));
         }
-        if self.supervisor.pid().is_some() && !runs_so {
+        if self.supervisor.pid().is_some() && !spec_matches {
             actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Restart, at));
         }
         actions

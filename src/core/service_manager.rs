@@ -51,11 +51,11 @@ impl FromStr for ServiceManagerKind {
 
 /// The state of a role's unit, as far as it matters for restarting that role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UnitStanding {
+pub enum UnitCondition {
     /// It was stopped on purpose and stays stopped.
     Stopped,
     /// It runs, or the service manager is starting or stopping it.
-    Coming,
+    Active,
     /// The service manager has given up on it.
     Dead,
     /// It is masked or disabled: it must not be started, but the home was not stopped.

@@ -155,7 +155,7 @@ guards! {
     links_before_swap,
     staged_before_swap,
     links_before_restore,
-    backup_whole_before_restore,
+    backup_intact_before_restore,
     restart_after_restore,
     release_recorded_on_rollback,
     release_recorded_on_commit,
@@ -206,14 +206,14 @@ fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, gua
             UpgradeStep::Record(RecordChange::BeginTrial)
         }
         // On Windows the switch first moves the running executable away.
-        (UpgradePhase::Switching, InstalledExecutable::Missing) if evidence.backup_whole => UpgradeStep::Restore,
+        (UpgradePhase::Switching, InstalledExecutable::Missing) if evidence.backup_intact => UpgradeStep::Restore,
         (UpgradePhase::Switching, InstalledExecutable::Missing) => {
             drop_trial(RecordChange::Interrupt, evidence, guards)
         }
         (UpgradePhase::Trial, InstalledExecutable::From) => drop_trial(RecordChange::Interrupt, evidence, guards),
         (UpgradePhase::Trial, _) => evaluate_trial(trial, evidence, limits, guards),
         (UpgradePhase::Committing, InstalledExecutable::From) => drop_trial(RecordChange::Drop, evidence, guards),
-        (UpgradePhase::Committing, InstalledExecutable::Missing) if evidence.backup_whole => {
+        (UpgradePhase::Committing, InstalledExecutable::Missing) if evidence.backup_intact => {
             roll_back_and_skip(TrialEndReason::ExecutableMissing)
         }
         (UpgradePhase::Committing, _) => commit(evidence, guards),
@@ -229,7 +229,7 @@ fn may_act(phase: UpgradePhase, evidence: &Evidence) -> bool {
     match evidence.decider {
         Decider::Installer => true,
         Decider::Manager => {
-            is_before_switch || (no_watchdog && (phase == UpgradePhase::Committing || !evidence.backup_whole))
+            is_before_switch || (no_watchdog && (phase == UpgradePhase::Committing || !evidence.backup_intact))
         }
         Decider::Watchdog => {
             phase != UpgradePhase::Switching
@@ -255,7 +255,7 @@ fn without_record(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     }
     // The links must point at a file that exists.
     match evidence.executable {
-        InstalledExecutable::Missing if evidence.backup_whole => UpgradeStep::Restore,
+        InstalledExecutable::Missing if evidence.backup_intact => UpgradeStep::Restore,
         _ => UpgradeStep::LinkToExecutable,
     }
 }
@@ -272,7 +272,7 @@ fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if !evidence.staged && guards.staged_before_swap {
         return drop_trial(RecordChange::Interrupt, evidence, guards);
     }
-    if !evidence.backup_whole && guards.backup_before_swap {
+    if !evidence.backup_intact && guards.backup_before_swap {
         return UpgradeStep::BackUp;
     }
     if evidence.links != RoleLinks::Backup && guards.links_before_swap {
@@ -286,10 +286,10 @@ fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
 }
 
 fn evaluate_trial(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
-    if evidence.executable == InstalledExecutable::Missing && evidence.backup_whole {
+    if evidence.executable == InstalledExecutable::Missing && evidence.backup_intact {
         return roll_back_and_skip(TrialEndReason::ExecutableMissing);
     }
-    if !evidence.backup_whole && guards.backup_whole_before_restore {
+    if !evidence.backup_intact && guards.backup_intact_before_restore {
         // Without a backup, neither the old watchdog nor `control` can be started from it.
         return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     }
@@ -321,7 +321,7 @@ fn evaluate_trial(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guar
     if evidence.died {
         return UpgradeStep::Record(RecordChange::CountDeath);
     }
-    if evidence.took_over {
+    if evidence.found_running_manager {
         return UpgradeStep::Record(RecordChange::CountLostWatchdog);
     }
     if evidence.proof == Proof::Failed {
@@ -417,7 +417,7 @@ fn commit(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
 
 fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if !matches!(evidence.executable, InstalledExecutable::From | InstalledExecutable::Both) {
-        if !evidence.backup_whole && guards.backup_whole_before_restore {
+        if !evidence.backup_intact && guards.backup_intact_before_restore {
             return match evidence.executable {
                 InstalledExecutable::Missing => drop_trial(RecordChange::Drop, evidence, guards),
                 _ => UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup))),

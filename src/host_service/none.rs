@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 
 use crate::control_socket::{self, Request};
 use crate::core::role::Role;
-use crate::core::service_manager::UnitStanding;
+use crate::core::service_manager::UnitCondition;
 use crate::home::Home;
 use crate::installation::upgrade;
 use crate::{platform, role};
@@ -97,8 +97,8 @@ pub fn restart(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
     spawn(home)
 }
 
-pub fn standing(_home: &Home, _role: Role) -> Result<UnitStanding> {
-    Ok(UnitStanding::Missing)
+pub fn standing(_home: &Home, _role: Role) -> Result<UnitCondition> {
+    Ok(UnitCondition::Missing)
 }
 
 pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {

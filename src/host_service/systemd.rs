@@ -13,7 +13,7 @@ use service_manager::{RestartPolicy, ServiceInstallCtx, ServiceLabel, ServiceMan
 
 use crate::command;
 use crate::core::role::Role;
-use crate::core::service_manager::UnitStanding;
+use crate::core::service_manager::UnitCondition;
 use crate::home::Home;
 use crate::store::{self, Access};
 
@@ -46,17 +46,17 @@ impl UnitState {
         self.load_state == "masked" || matches!(self.unit_file_state.as_str(), "masked" | "masked-runtime" | "disabled")
     }
 
-    fn standing(&self) -> UnitStanding {
+    fn standing(&self) -> UnitCondition {
         match self.active_state.as_str() {
-            "active" | "activating" | "reloading" | "deactivating" => UnitStanding::Coming,
+            "active" | "activating" | "reloading" | "deactivating" => UnitCondition::Active,
             // The result of the job is visible at the next check.
-            _ if self.job.is_some() => UnitStanding::Coming,
-            _ if self.is_forbidden() => UnitStanding::Forbidden,
-            _ if self.load_state == "not-found" => UnitStanding::Missing,
+            _ if self.job.is_some() => UnitCondition::Active,
+            _ if self.is_forbidden() => UnitCondition::Forbidden,
+            _ if self.load_state == "not-found" => UnitCondition::Missing,
             // Independent of the last result: a failure that is not a stop is `failed`, or in the delay before an automatic restart. A stop
             // during that delay keeps the result of the failed run.
-            "inactive" => UnitStanding::Stopped,
-            _ => UnitStanding::Dead,
+            "inactive" => UnitCondition::Stopped,
+            _ => UnitCondition::Dead,
         }
     }
 
@@ -244,7 +244,7 @@ pub fn restart(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
 }
 
 /// The state of a role's unit.
-pub fn standing(home: &Home, role: Role) -> Result<UnitStanding> {
+pub fn standing(home: &Home, role: Role) -> Result<UnitCondition> {
     Ok(state(&units::in_use(home, role))?.standing())
 }
 
@@ -337,16 +337,16 @@ mod tests {
             };
             unit.standing()
         };
-        assert_eq!(unit("loaded", "inactive", "enabled", None), UnitStanding::Stopped);
+        assert_eq!(unit("loaded", "inactive", "enabled", None), UnitCondition::Stopped);
         let failed_before = "LoadState=loaded\nActiveState=inactive\nResult=signal\nUnitFileState=enabled\n";
-        assert_eq!(parse_show(failed_before).0.standing(), UnitStanding::Stopped);
-        assert_eq!(unit("loaded", "inactive", "enabled", Some("start")), UnitStanding::Coming);
-        assert_eq!(unit("loaded", "inactive", "enabled", Some("ended")), UnitStanding::Coming);
-        assert_eq!(unit("loaded", "activating", "enabled", None), UnitStanding::Coming);
-        assert_eq!(unit("loaded", "failed", "enabled", None), UnitStanding::Dead);
-        assert_eq!(unit("masked", "failed", "masked", None), UnitStanding::Forbidden);
-        assert_eq!(unit("loaded", "inactive", "disabled", None), UnitStanding::Forbidden);
-        assert_eq!(unit("not-found", "inactive", "", None), UnitStanding::Missing);
+        assert_eq!(parse_show(failed_before).0.standing(), UnitCondition::Stopped);
+        assert_eq!(unit("loaded", "inactive", "enabled", Some("start")), UnitCondition::Active);
+        assert_eq!(unit("loaded", "inactive", "enabled", Some("ended")), UnitCondition::Active);
+        assert_eq!(unit("loaded", "activating", "enabled", None), UnitCondition::Active);
+        assert_eq!(unit("loaded", "failed", "enabled", None), UnitCondition::Dead);
+        assert_eq!(unit("masked", "failed", "masked", None), UnitCondition::Forbidden);
+        assert_eq!(unit("loaded", "inactive", "disabled", None), UnitCondition::Forbidden);
+        assert_eq!(unit("not-found", "inactive", "", None), UnitCondition::Missing);
     }
 
     #[test]

@@ -73,7 +73,7 @@ pub fn agent(home: &Home, name: &AgentName) -> Result<()> {
 }
 
 /// Checks the directory of a sub-agent, before a file in it is removed.
-pub fn place(home: &Home, name: &AgentName) -> Result<()> {
+pub fn agent_directory(home: &Home, name: &AgentName) -> Result<()> {
     let mut check = PermissionCheck::at(home)?;
     check.check_path(&home.agents(), ExpectedPath::Directory)?;
     check.check_path(&home.agent(name), ExpectedPath::DirectoryOfAnyOwner)?;
@@ -132,13 +132,13 @@ pub fn keys(home: &Home) -> Result<()> {
 }
 
 /// Checks the directories above the home.
-pub fn way(home: &Home) -> Result<()> {
+pub fn parents(home: &Home) -> Result<()> {
     let mut check = PermissionCheck::at(home)?;
     check.check_parents(Path::new("/"), home.root())?;
     check.finish()
 }
 
-/// Checks the same as [`way`] and the settings, the agent id and the state files. `certificates`: the file that the settings name as
+/// Checks the same as [`parents`] and the settings, the agent id and the state files. `certificates`: the file that the settings name as
 /// `caCert`.
 pub fn files(home: &Home, certificates: Option<&Path>) -> Result<()> {
     let mut check = PermissionCheck::at(home)?;

@@ -70,7 +70,7 @@ fn image(manager: &ManagerRecord, executable: Digest) -> Image {
 /// Runs an executable of the manager to check that it can read the settings and the state of a home.
 pub fn preflight(home: &Home, executable: &Path) -> Result<()> {
     let mut command = Command::new(executable);
-    command.args(["spm", "--home"]).arg(home.known_as()).arg("preflight").current_dir("/");
+    command.args(["spm", "--home"]).arg(home.public_path()).arg("preflight").current_dir("/");
     command::run(&mut command, PREFLIGHT_TIMEOUT)
         .and_then(command::Finished::success)
         .context("the new executable cannot read this home's settings and state")

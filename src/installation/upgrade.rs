@@ -48,7 +48,7 @@ const RESERVE_BYTES: usize = 64 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placement {
     pub executable: InstalledExecutable,
-    pub backup_whole: bool,
+    pub backup_intact: bool,
     pub links: RoleLinks,
     pub installed: WhichRelease,
     pub stopped: bool,
@@ -135,7 +135,7 @@ impl UpgradeSession {
         let home = &self.home;
         let trial = self.record.trial();
         let (executable, backup) = (home.executable(), home.backup_executable());
-        let (placed, backup_whole, installed) = match trial {
+        let (placed, backup_intact, installed) = match trial {
             Some(trial) => {
                 let placed = InstalledExecutable::of(trial, programs.at(&executable)?.as_ref());
                 let is_whole = platform::is_executable(&backup)
@@ -150,7 +150,7 @@ impl UpgradeSession {
         };
         Ok(Placement {
             executable: placed,
-            backup_whole,
+            backup_intact,
             links: self.links()?,
             installed,
             stopped: home.stop_intent().exists(),
@@ -159,12 +159,12 @@ impl UpgradeSession {
 
     /// The evidence on disk for a decision of [`core::upgrade`](crate::core::upgrade); the evidence about the roles is empty.
     pub fn evidence(&self, decider: Decider, programs: &mut Programs) -> Result<Evidence> {
-        let Placement { executable, backup_whole, links, installed, stopped } = self.placement(programs)?;
+        let Placement { executable, backup_intact, links, installed, stopped } = self.placement(programs)?;
         Ok(Evidence {
             decider,
             recorded: self.is_recorded,
             executable,
-            backup_whole,
+            backup_intact,
             links,
             installed,
             stopped,
@@ -172,7 +172,7 @@ impl UpgradeSession {
             manager: None,
             watchdog: None,
             died: false,
-            took_over: false,
+            found_running_manager: false,
             probe: Probe::NotAsked,
             proof: Proof::NotBegun,
         })

@@ -216,7 +216,7 @@ fn a_package_that_does_not_match_the_request_is_rejected_with_the_reason() {
             "epoch",
             &bytes,
             good.clone(),
-            PackageRequest { least_epoch: 4, ..wanted.clone() },
+            PackageRequest { min_epoch: 4, ..wanted.clone() },
             signer.keys(),
             vec!["epoch 3, lower than the 4", "--epoch 4"],
         ),
@@ -368,7 +368,7 @@ fn a_package_with_an_unacceptable_signature_is_not_downloaded() {
         true => CannedResponse::ok(signature.clone()),
         false => panic!("{} was requested", request.path),
     });
-    let wanted = PackageRequest { least_epoch: 2, ..PackageRequest::new(release()) };
+    let wanted = PackageRequest { min_epoch: 2, ..PackageRequest::new(release()) };
     assert!(fetcher.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err().contains("epoch 1"));
     let error =
         fetcher.fetch(&[server.endpoint()], &PackageRequest::new(release()), &Signer::new().keys()).unwrap_err();
@@ -476,9 +476,7 @@ fn a_local_package_needs_a_valid_signature() {
     assert_eq!(claimed(&file).unwrap(), Binding { release: release(), epoch: 9 });
     let tree = open(&PackageRequest::new(release())).unwrap();
     assert!(tree.path().join("bin/run").exists() && file.exists());
-    assert!(
-        open(&PackageRequest { least_epoch: 10, ..PackageRequest::new(release()) }).unwrap_err().contains("epoch 9")
-    );
+    assert!(open(&PackageRequest { min_epoch: 10, ..PackageRequest::new(release()) }).unwrap_err().contains("epoch 9"));
     fs::write(&file, archive(11)).unwrap();
     assert!(open(&PackageRequest::new(release())).unwrap_err().contains("tampered with"));
 }

@@ -60,13 +60,13 @@ fn check_claim(text: &str, keys: &Keys, request: &PackageRequest) -> Result<Sign
         request.release
     );
     ensure!(
-        binding.epoch >= request.least_epoch,
+        binding.epoch >= request.min_epoch,
         "the package has epoch {}, lower than the {} that this host has committed for {}: packages of lower epochs were withdrawn; \
          publish it again with `--epoch {}`",
         binding.epoch,
-        request.least_epoch,
+        request.min_epoch,
         request.release.name,
-        request.least_epoch
+        request.min_epoch
     );
     claim.begin(keys)?;
     Ok(claim)

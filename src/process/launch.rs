@@ -179,7 +179,7 @@ impl StartSpec {
         }
         command.envs(manifest::admit_env(&self.spec.env, self.program.env_allow()).0);
         command
-            .env("AOPS_HOME", self.home.known_as())
+            .env("AOPS_HOME", self.home.public_path())
             .env("AOPS_AGENT_NAME", self.name.as_str())
             .env("AOPS_AGENT_VERSION", self.version.as_str())
             .env("AOPS_AGENT_ID", self.agent_id.as_str())

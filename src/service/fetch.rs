@@ -53,7 +53,7 @@ fn local(plan: &InstallPlan, path: &Path, staging: &Path) -> Result<(VerifiedTre
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let request = PackageRequest { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..PackageRequest::new(release) };
+    let request = PackageRequest { min_epoch: plan.epochs.least(MANAGER_PACKAGE), ..PackageRequest::new(release) };
     Ok((package::open_local(path, &request, &plan.trusted.keys, staging)?, file))
 }
 

@@ -56,9 +56,9 @@ impl InstallRoot {
     pub(super) fn record_created(&mut self) -> Result<()> {
         let stands = installation::exists(&self.home) || legacy::is_old(&self.home) || legacy::is_any_aside(&self.home);
         if stands && !is_incomplete(&self.home) {
-            return store::remove(&self.home.install_made());
+            return store::remove(&self.home.install_journal());
         }
-        match store::load::<Vec<PathBuf>>(&self.home.install_made())? {
+        match store::load::<Vec<PathBuf>>(&self.home.install_journal())? {
             Some(interrupted) => {
                 self.resumes = true;
                 let own = self.created.split_off(0).into_iter().filter(|path| !interrupted.contains(path));
@@ -69,7 +69,7 @@ impl InstallRoot {
                 let to_be = self.home.directories().into_iter().map(|(path, _)| path);
                 let missing = to_be.filter(|path| path.symlink_metadata().is_err());
                 let noted: Vec<PathBuf> = self.created.iter().cloned().chain(missing).collect();
-                store::save(&self.home.install_made(), &noted)
+                store::save(&self.home.install_journal(), &noted)
             }
         }
     }
@@ -81,7 +81,7 @@ impl InstallRoot {
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if legacy::is_aside(&self.home, &path) || path == self.home.install_made() || undo::is_retained(&path) {
+            if legacy::is_aside(&self.home, &path) || path == self.home.install_journal() || undo::is_retained(&path) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
@@ -145,7 +145,7 @@ impl InstallRoot {
 /// Rejects a home that other users can change, also the files that an installation reads or runs there.
 pub(super) fn check_permissions(home: &Home) -> Result<()> {
     let work = home.install_work();
-    let made = (home.install_made(), ExpectedPath::File);
+    let made = (home.install_journal(), ExpectedPath::File);
     let script = legacy::script(home).map(|script| (script, ExpectedPath::File));
     let also: Vec<_> = [(work, ExpectedPath::Directory), made].into_iter().chain(script).collect();
     permissions::install_paths(home, &also)
@@ -154,12 +154,12 @@ pub(super) fn check_permissions(home: &Home) -> Result<()> {
 /// Whether a first installation was killed here before it was complete.
 pub(super) fn is_incomplete(home: &Home) -> bool {
     let is_there = |path: PathBuf| path.symlink_metadata().is_ok();
-    is_there(home.install_made()) && !is_there(home.install_record())
+    is_there(home.install_journal()) && !is_there(home.install_record())
 }
 
 /// The directories that this one had created or was about to create.
 pub(super) fn recorded_directories(home: &Home) -> Vec<PathBuf> {
-    store::load(&home.install_made()).ok().flatten().unwrap_or_default()
+    store::load(&home.install_journal()).ok().flatten().unwrap_or_default()
 }
 
 impl Drop for InstallRoot {

@@ -27,7 +27,7 @@ pub(super) const MARKERS: &str =
 /// have an agent id, too, and packages of sub-agents a `control`. An installation of aops may have the markers, too: check
 /// [`installation::exists`](crate::installation::exists) first.
 pub(super) fn is_old(home: &Home) -> bool {
-    if home.install_made().symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
+    if home.install_journal().symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
         // A first installation of aops was killed here.
         return false;
     }

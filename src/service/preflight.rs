@@ -109,7 +109,7 @@ pub(super) fn plan(
         let certificates = existing_config.as_ref().and_then(|config: &Config| config.certificates(home));
         permissions::files(home, certificates.as_deref())
     } else {
-        permissions::way(home)
+        permissions::parents(home)
     };
     if let Err(error) = checked {
         progress::warn(format_args!("{error:#}"));

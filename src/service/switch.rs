@@ -108,7 +108,7 @@ fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
     if !platform::is_root() || !plan.home.is_default() {
         return linked;
     }
-    let executable = plan.home.as_known(&plan.home.executable());
+    let executable = plan.home.to_public(&plan.home.executable());
     let target = std::fs::read_link(&link).ok();
     let ours = target.as_ref().is_some_and(|target| platform::identity(target) == platform::identity(&executable));
     let free = link.symlink_metadata().is_err() && link.parent().is_some_and(Path::is_dir);
@@ -117,7 +117,7 @@ fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
     }
     let outcome = if target.as_ref() == Some(&executable) { Ok(()) } else { create_link(&executable, &link, undo) };
     if let Err(error) = outcome {
-        let control = plan.home.as_known(&plan.home.control_link());
+        let control = plan.home.to_public(&plan.home.control_link());
         progress::warn(format_args!(
             "{error:#}; continuing without it: use {}, or create the link by hand",
             control.display()

@@ -22,7 +22,7 @@ impl Sentinel {
     /// Starts a sentinel; `None`: it cannot be started.
     pub(super) fn start(home: &Home) -> Option<Sentinel> {
         let mut command = Command::new(home.backup_executable());
-        command.args(["spa", "--home"]).arg(home.known_as()).arg("--sentinel");
+        command.args(["spa", "--home"]).arg(home.public_path()).arg("--sentinel");
         command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         platform::detach_from_caller(&mut command);
         let spawned = command.spawn().inspect_err(|error| {

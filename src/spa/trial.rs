@@ -101,7 +101,7 @@ pub(super) struct TrialMonitor {
     trial: Option<Trial>,
     manager: Option<ObservedManager>,
     died: bool,
-    took_over: bool,
+    found_running_manager: bool,
     /// A manager of the previous release exited since the trial started: later managers were started from the new release.
     is_old_gone: bool,
     probe: OneShot,
@@ -141,7 +141,7 @@ impl TrialMonitor {
             trial: None,
             manager: None,
             died: false,
-            took_over: false,
+            found_running_manager: false,
             is_old_gone: false,
             probe: OneShot::NotStarted,
             proof: OneShot::NotStarted,
@@ -301,7 +301,8 @@ impl TrialMonitor {
         self.is_first_check = false;
         if std::mem::take(&mut self.is_new) {
             let is_new = |manager: &ObservedManager| manager.image == WhichRelease::To;
-            self.took_over = trial.phase == UpgradePhase::Trial && self.manager.as_ref().is_some_and(is_new);
+            self.found_running_manager =
+                trial.phase == UpgradePhase::Trial && self.manager.as_ref().is_some_and(is_new);
         }
         if self.settings_loaded.is_none_or(|at| now.saturating_duration_since(at) >= SETTINGS_INTERVAL)
             && let Ok(loaded) = Config::load(&self.home)
@@ -404,7 +405,7 @@ impl TrialMonitor {
             manager,
             watchdog: Some(watchdog),
             died: self.died,
-            took_over: self.took_over,
+            found_running_manager: self.found_running_manager,
             probe: match &self.probe {
                 OneShot::NotStarted => Probe::NotAsked,
                 OneShot::Running { .. } => Probe::Running,
@@ -442,10 +443,10 @@ impl TrialMonitor {
                 self.kill_leftovers();
             }
             UpgradeStep::Record(RecordChange::FinishAndSkip | RecordChange::Drop) => self.kill_leftovers(),
-            UpgradeStep::Record(RecordChange::CountLostWatchdog) => self.took_over = false,
+            UpgradeStep::Record(RecordChange::CountLostWatchdog) => self.found_running_manager = false,
             UpgradeStep::Record(RecordChange::CountFailedProof) => self.proof = OneShot::NotStarted,
             UpgradeStep::Record(RecordChange::BeginTrial) => {
-                (self.died, self.took_over) = (false, false);
+                (self.died, self.found_running_manager) = (false, false);
                 (self.probe, self.proof) = (OneShot::NotStarted, OneShot::NotStarted);
             }
             _ => {}
@@ -491,7 +492,7 @@ impl TrialMonitor {
                 tracing::warn!("the new manager sent no heartbeat; checking whether the old program can");
                 let mut command = Command::new(self.home.backup_executable());
                 self.probe = OneShot::start(
-                    command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--probe"),
+                    command.args(["spa", "--home"]).arg(self.home.public_path()).arg("--probe"),
                     PROBE_TIMEOUT,
                 );
                 TrialAction::Nothing
@@ -500,7 +501,7 @@ impl TrialMonitor {
                 tracing::info!("checking that the new watchdog works");
                 let mut command = Command::new(self.home.executable());
                 self.proof = OneShot::start(
-                    command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--prove"),
+                    command.args(["spa", "--home"]).arg(self.home.public_path()).arg("--prove"),
                     PROOF_TIMEOUT,
                 );
                 TrialAction::Nothing

@@ -8,7 +8,7 @@ use crate::core::agent::{Ready, ReleaseError};
 use crate::core::ledger::LedgerRelease;
 use crate::core::model::{AgentName, Version};
 use crate::core::program::Program;
-use crate::core::service_manager::UnitStanding;
+use crate::core::service_manager::UnitCondition;
 use crate::core::supervise::CheckResult;
 use crate::core::upgrade::{Evidence, UpgradeRecord, UpgradeStep};
 use crate::platform::Child;
@@ -108,7 +108,7 @@ pub(super) enum Input {
     MaintenanceDone(MaintenanceResult),
     Heartbeat(SendOutcome),
     /// The state of the watchdog's unit, as the service manager reports it.
-    WatchdogUnitState(Result<UnitStanding>),
+    WatchdogUnitState(Result<UnitCondition>),
 }
 
 /// The state files that the manager writes.

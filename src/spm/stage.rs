@@ -178,7 +178,7 @@ fn stage(job: &StagingJob, fetch_limits: &FetchLimits, progress: &StagingProgres
     let request = package_request(name, package);
     check_name(home, &request.release).map_err(anyhow::Error::msg).context(PackageRejected)?;
     let fetching = Fetching::of(home, config, agent_id)?;
-    let request = PackageRequest { least_epoch: *committed_epoch, ..request };
+    let request = PackageRequest { min_epoch: *committed_epoch, ..request };
     let mut last_logged = Instant::now();
     let tree = fetching.fetch(request, fetch_limits, |end| progress.set_disconnector(end), &mut |bytes, total| {
         progress.bytes.store(bytes, Ordering::Relaxed);

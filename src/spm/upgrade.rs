@@ -205,7 +205,7 @@ fn local(home: &Home, path: &Path) -> Result<(VerifiedTree, String)> {
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = claimed.file_name(packing.copied().unwrap_or(Packing::TarZst));
     let request =
-        PackageRequest { least_epoch: Epochs::load(home)?.least(MANAGER_PACKAGE), ..PackageRequest::new(claimed) };
+        PackageRequest { min_epoch: Epochs::load(home)?.least(MANAGER_PACKAGE), ..PackageRequest::new(claimed) };
     Ok((package::open_local(path, &request, &keyring::trusted(home)?, &home.staging())?, file))
 }
 

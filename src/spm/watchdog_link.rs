@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::input::{Input, Inputs};
 use crate::core::role::Role;
-use crate::core::service_manager::{ServiceManagerKind, UnitStanding};
+use crate::core::service_manager::{ServiceManagerKind, UnitCondition};
 use crate::core::status::RoleStatus;
 use crate::core::watch::memory::{self, MemoryCheck};
 use crate::core::watch::restarter::{Restarter, RestarterAction, RestarterPolicy, RoleObservation};
@@ -98,7 +98,7 @@ impl WatchdogLink {
     }
 
     /// Handles the service manager's answer about the unit of a dead watchdog.
-    pub(super) fn unit_state_received(&mut self, home: &Home, answer: anyhow::Result<UnitStanding>, now: Instant) {
+    pub(super) fn unit_state_received(&mut self, home: &Home, answer: anyhow::Result<UnitCondition>, now: Instant) {
         let answer = answer.inspect_err(|error| {
             tracing::warn!(
                 error = format!("{error:#}"),

@@ -70,10 +70,10 @@ pub enum AgentEvent {
     Stage(Package),
     /// The plan requires this release, which is on disk, to be active.
     Activate(Order),
-    /// The plan requires this spec. `runs_so`: its process was started with exactly this spec. `sound`: whether a start with it would succeed.
+    /// The plan requires this spec. `spec_matches`: its process was started with exactly this spec. `sound`: whether a start with it would succeed.
     Configure {
         spec: Spec,
-        runs_so: bool,
+        spec_matches: bool,
         sound: Result<(), ReleaseError>,
     },
     /// The plan requires it to run or to be stopped.
@@ -117,7 +117,7 @@ pub enum AgentEvent {
     Launched {
         pid: u32,
         version: Version,
-        runs_so: bool,
+        spec_matches: bool,
     },
     LaunchFailed(ReleaseError),
     /// Its process exited without a request to stop.

@@ -88,7 +88,7 @@ impl Bench {
     fn running() -> Bench {
         let mut bench = Bench::new();
         bench.install("1");
-        bench.send(AgentEvent::Launched { pid: 10, version: version("1"), runs_so: true });
+        bench.send(AgentEvent::Launched { pid: 10, version: version("1"), spec_matches: true });
         assert_eq!(bench.agent.state(), AgentState::Running);
         bench.actions.clear();
         bench
@@ -112,7 +112,7 @@ impl Bench {
     }
 
     fn launched(&mut self, pid: u32, text: &str) -> &mut Bench {
-        self.send(AgentEvent::Launched { pid, version: version(text), runs_so: true })
+        self.send(AgentEvent::Launched { pid, version: version(text), spec_matches: true })
     }
 
     fn send(&mut self, event: AgentEvent) -> &mut Bench {
@@ -323,32 +323,36 @@ fn a_new_order_cancels_the_staging_of_the_previous_one() {
 #[test]
 fn a_changed_environment_restarts_the_process() {
     let spec = Spec { env: Env::from([("A".to_owned(), "b".into())]) };
-    for (runs_so, expected) in [(true, vec![]), (false, vec![AgentAction::Stop])] {
+    for (spec_matches, expected) in [(true, vec![]), (false, vec![AgentAction::Stop])] {
         let mut bench = Bench::running();
-        bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so, sound: Ok(()) });
+        bench.send(AgentEvent::Configure { spec: spec.clone(), spec_matches, sound: Ok(()) });
         assert_eq!(bench.take_actions(), expected);
         assert_eq!(bench.agent.spec(), Some(&spec));
     }
     let mut bench = Bench::running();
-    bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
+    bench.send(AgentEvent::Configure {
+        spec: spec.clone(),
+        spec_matches: false,
+        sound: Err(refusal("open to others")),
+    });
     assert_eq!((bench.take_actions(), bench.agent.spec()), (vec![], Some(&Spec::default())));
     // A held change is not tried again by each plan.
-    bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
+    bench.send(AgentEvent::Configure { spec: spec.clone(), spec_matches: false, sound: Ok(()) });
     assert_eq!(bench.take_actions(), []);
     bench.now += S(5);
-    bench.send(AgentEvent::Configure { spec, runs_so: false, sound: Ok(()) });
+    bench.send(AgentEvent::Configure { spec, spec_matches: false, sound: Ok(()) });
     assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1")), AgentAction::Stop]);
 }
 
 #[test]
 fn a_variable_that_the_package_does_not_allow_is_reported_once() {
     let mut bench = Bench::running();
-    let (spec, runs_so) = (Spec { env: Env::from([("LD_PRELOAD".to_owned(), "x".into())]) }, false);
+    let (spec, spec_matches) = (Spec { env: Env::from([("LD_PRELOAD".to_owned(), "x".into())]) }, false);
     bench.send(inspected(Ok(manifest(&[]))));
-    bench.send(AgentEvent::Configure { spec, runs_so, sound: Ok(()) });
+    bench.send(AgentEvent::Configure { spec, spec_matches, sound: Ok(()) });
     for pid in 11..14 {
         bench.send(AgentEvent::Stopped(Ok(())));
-        bench.send(AgentEvent::Launched { pid, version: version("1"), runs_so: true });
+        bench.send(AgentEvent::Launched { pid, version: version("1"), spec_matches: true });
         bench.send(AgentEvent::Restart);
     }
     assert_eq!(bench.notes(), [("env", "refused")]);
@@ -391,7 +395,7 @@ fn while_an_activation_is_recorded_the_old_release_is_restarted() {
     bench.actions.clear();
     bench.send(AgentEvent::Exited { success: Some(false), how: "crashed".into() });
     assert_eq!((bench.take_actions(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("1"))));
-    bench.send(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
+    bench.send(AgentEvent::Launched { pid: 11, version: version("1"), spec_matches: true });
     assert_eq!(bench.take_actions(), [], "no commit");
     bench.send(AgentEvent::Recorded(Err("no space left".into())));
     assert_eq!(
@@ -482,13 +486,13 @@ fn changes_of_health_and_crashes_are_reported() {
     let mut bench = Bench::running();
     let exit = || AgentEvent::Exited { success: Some(false), how: "exited with 1".into() };
     bench.send(exit());
-    bench.send(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
+    bench.send(AgentEvent::Launched { pid: 11, version: version("1"), spec_matches: true });
     bench.send(exit());
     assert_eq!(bench.notes(), [("exit", "failed"), ("exit", "failed"), ("backoff", "failed")]);
     bench.actions.clear();
     bench.now += S(60);
     bench.send(AgentEvent::Tick);
-    bench.send(AgentEvent::Launched { pid: 12, version: version("1"), runs_so: true });
+    bench.send(AgentEvent::Launched { pid: 12, version: version("1"), spec_matches: true });
     bench.send(exit());
     assert_eq!(bench.notes(), [("exit", "failed")], "later ones differ only in the delay");
 }
@@ -500,9 +504,9 @@ fn event() -> impl Strategy<Value = AgentEvent> {
     prop_oneof![
         text.clone().prop_map(|text| AgentEvent::Stage(Package::new(version(text)))),
         text.clone().prop_map(|text| AgentEvent::Activate(order(text))),
-        (any::<bool>(), any::<bool>()).prop_map(|(runs_so, sound)| AgentEvent::Configure {
+        (any::<bool>(), any::<bool>()).prop_map(|(spec_matches, sound)| AgentEvent::Configure {
             spec: Spec::default(),
-            runs_so,
+            spec_matches,
             sound: if sound { Ok(()) } else { Err(refusal("no")) },
         }),
         prop_oneof![Just(Run::Start), Just(Run::Stop)].prop_map(AgentEvent::Set),
@@ -535,10 +539,10 @@ fn event() -> impl Strategy<Value = AgentEvent> {
             version: version(text),
             result: if good { Ok(Program::Script) } else { Err("bad".into()) },
         }),
-        (text, any::<bool>()).prop_map(|(text, runs_so)| AgentEvent::Launched {
+        (text, any::<bool>()).prop_map(|(text, spec_matches)| AgentEvent::Launched {
             pid: 9,
             version: version(text),
-            runs_so
+            spec_matches
         }),
         Just(AgentEvent::LaunchFailed(refusal("no such file"))),
         any::<Option<bool>>().prop_map(|success| AgentEvent::Exited { success, how: "ended".into() }),

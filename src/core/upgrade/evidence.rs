@@ -104,7 +104,7 @@ pub struct Evidence {
     /// Without a record: [`InstalledExecutable::Missing`] or [`InstalledExecutable::Neither`].
     pub executable: InstalledExecutable,
     /// `bin/aops.prev` is the complete old executable; without a record, any executable that runs.
-    pub backup_whole: bool,
+    pub backup_intact: bool,
     pub links: RoleLinks,
     /// The release that `state/manager.json` names.
     pub installed: WhichRelease,
@@ -116,7 +116,7 @@ pub struct Evidence {
     /// The new manager died, or was killed because it hung, and the record does not count this yet.
     pub died: bool,
     /// The new manager already ran when this watchdog started, and the record does not count the lost watchdog yet.
-    pub took_over: bool,
+    pub found_running_manager: bool,
     pub probe: Probe,
     pub proof: Proof,
     /// A stop of the home is recorded.
@@ -134,7 +134,7 @@ impl Evidence {
             decider: Decider::Manager,
             recorded: true,
             executable,
-            backup_whole: true,
+            backup_intact: true,
             links: RoleLinks::Backup,
             installed: WhichRelease::From,
             staged: false,
@@ -147,7 +147,7 @@ impl Evidence {
             }),
             watchdog: Some(WhichRelease::From),
             died: false,
-            took_over: false,
+            found_running_manager: false,
             probe: Probe::NotAsked,
             proof: Proof::NotBegun,
             stopped: false,

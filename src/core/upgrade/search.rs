@@ -236,7 +236,7 @@ fn find_incomplete(
 fn is_good_trial(model: &Model, state: &State) -> bool {
     let Some(trial) = model.record(state).trial() else { return false };
     let deaths = trial.deaths + u32::from(state.spa.is_some_and(|spa| spa.died));
-    let watchdogs = trial.lost_watchdogs + u32::from(state.spa.is_some_and(|spa| spa.took_over));
+    let watchdogs = trial.lost_watchdogs + u32::from(state.spa.is_some_and(|spa| spa.found_running_manager));
     model.kind.passes()
         && state.interference == Interference::No
         && trial.forced != Some(OperatorDecision::Abort)
@@ -304,7 +304,7 @@ fn shows(guard: &str) -> Scenario {
         "lost_watchdog_limit" => of(Kind::EndsWatchdog),
         "probe_before_rollback" => Scenario { gateway_changes: true, ..of(Kind::Good) },
         "stop_pauses" => Scenario { operator: true, ..of(Kind::Good) },
-        "backup_whole_before_restore"
+        "backup_intact_before_restore"
         | "links_before_restore"
         | "foreign_executable_drops"
         | "release_recorded_on_rollback" => Scenario { interferes: true, ..of(Kind::Good) },

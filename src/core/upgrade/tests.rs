@@ -35,14 +35,14 @@ fn ready() -> Evidence {
         decider: Decider::Manager,
         recorded: true,
         executable: InstalledExecutable::From,
-        backup_whole: true,
+        backup_intact: true,
         links: RoleLinks::Backup,
         installed: WhichRelease::From,
         staged: true,
         manager: Some(old),
         watchdog: Some(WhichRelease::From),
         died: false,
-        took_over: false,
+        found_running_manager: false,
         probe: Probe::NotAsked,
         proof: Proof::NotBegun,
         stopped: false,
@@ -79,7 +79,7 @@ fn back(reason: TrialEndReason) -> UpgradeStep {
 
 #[test]
 fn the_switch_comes_after_the_record_the_backup_and_the_links() {
-    let home = Evidence { backup_whole: false, links: RoleLinks::Executable, ..ready() };
+    let home = Evidence { backup_intact: false, links: RoleLinks::Executable, ..ready() };
     for (evidence, expected) in [
         (Evidence { recorded: false, ..home }, UpgradeStep::Save),
         (home, UpgradeStep::BackUp),
@@ -144,7 +144,7 @@ fn a_new_manager_is_committed_after_it_has_passed_everything() {
         (Evidence { proof: Proof::Running, ..passed() }, UpgradeStep::Wait(Wait::Proof)),
         (Evidence { proof: Proof::Failed, ..passed() }, UpgradeStep::Record(RecordChange::CountFailedProof)),
         (Evidence { died: true, manager: None, ..passed() }, UpgradeStep::Record(RecordChange::CountDeath)),
-        (Evidence { took_over: true, ..passed() }, UpgradeStep::Record(RecordChange::CountLostWatchdog)),
+        (Evidence { found_running_manager: true, ..passed() }, UpgradeStep::Record(RecordChange::CountLostWatchdog)),
         (Evidence { manager: None, ..passed() }, UpgradeStep::Wait(Wait::Answer { left: S(60) })),
         (Evidence { manager: ready().manager, ..passed() }, UpgradeStep::RestartManager),
         (Evidence { stopped: true, died: true, manager: None, ..passed() }, UpgradeStep::Wait(Wait::Start)),
@@ -251,7 +251,7 @@ fn a_roll_back_restores_restarts_and_skips() {
         (old, UpgradeStep::LinkToExecutable),
         (Evidence { links: RoleLinks::Executable, ..old }, UpgradeStep::Record(RecordChange::FinishAndSkip)),
         (
-            Evidence { backup_whole: false, ..passed() },
+            Evidence { backup_intact: false, ..passed() },
             UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup))),
         ),
     ] {
@@ -283,7 +283,7 @@ fn the_installer_restores_the_old_release_without_a_skip() {
 
 #[test]
 fn without_a_backup_the_new_release_stays() {
-    let lost = Evidence { backup_whole: false, ..passed() };
+    let lost = Evidence { backup_intact: false, ..passed() };
     let commits = UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     assert_eq!(step(&on_trial(), lost), commits);
     // No watchdog can be started from the backup then.

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use super::restart_delay::RestartDelay;
 use super::silence::ContinuousCondition;
-use crate::core::service_manager::UnitStanding;
+use crate::core::service_manager::UnitCondition;
 
 /// A role that is connected but silent for this long hangs, as does one that is held but unreachable for this long.
 const HANG_TIMEOUT: Duration = Duration::from_secs(60);
@@ -304,7 +304,7 @@ impl Restarter {
     /// The action that follows from the unit's state. `None`: the service manager did not answer.
     pub fn unit_answered(
         &mut self,
-        answer: Option<UnitStanding>,
+        answer: Option<UnitCondition>,
         observation: RoleObservation,
         now: Instant,
     ) -> Option<RestarterAction> {
@@ -314,15 +314,15 @@ impl Restarter {
         let RestarterState::Absent(absence) = &mut self.state else { return None };
         let may_start = !observation.taken && !is_stopped && now >= absence.service_manager_deadline();
         match standing {
-            UnitStanding::Stopped if follows_stop => Some(RestarterAction::FollowStop),
-            UnitStanding::Stopped => Some(RestarterAction::LeaveStopped),
-            UnitStanding::Coming | UnitStanding::Forbidden => None,
-            UnitStanding::Dead | UnitStanding::Missing if !may_start => None,
-            UnitStanding::Dead if !absence.start_requested => {
+            UnitCondition::Stopped if follows_stop => Some(RestarterAction::FollowStop),
+            UnitCondition::Stopped => Some(RestarterAction::LeaveStopped),
+            UnitCondition::Active | UnitCondition::Forbidden => None,
+            UnitCondition::Dead | UnitCondition::Missing if !may_start => None,
+            UnitCondition::Dead if !absence.start_requested => {
                 (absence.start_requested, absence.service_manager_since) = (true, now);
                 Some(RestarterAction::StartUnit)
             }
-            UnitStanding::Dead | UnitStanding::Missing => {
+            UnitCondition::Dead | UnitCondition::Missing => {
                 let may_start_at = self.delay.due().max(absence.not_before);
                 (now >= may_start_at).then(|| self.start(now))
             }
@@ -337,12 +337,12 @@ impl Restarter {
     }
 
     /// Without an answer nothing is done at first: the unit may be masked or stopped.
-    fn effective_standing(&mut self, answer: Option<UnitStanding>) -> UnitStanding {
+    fn effective_standing(&mut self, answer: Option<UnitCondition>) -> UnitCondition {
         self.unanswered = if answer.is_some() { 0 } else { self.unanswered.saturating_add(1) };
         match answer {
             Some(standing) => standing,
-            None if self.unanswered < MAX_UNANSWERED => UnitStanding::Coming,
-            None => UnitStanding::Missing,
+            None if self.unanswered < MAX_UNANSWERED => UnitCondition::Active,
+            None => UnitCondition::Missing,
         }
     }
 

@@ -161,9 +161,9 @@ pub(super) fn files(home: &Home) -> Result<[UnitFile; 3]> {
         let contents = contents(home, template, program.clone())?;
         Ok(UnitFile { unit, program, contents })
     };
-    let role = |role: Role| home.as_known(&home.role_link(role.program()));
+    let role = |role: Role| home.to_public(&home.role_link(role.program()));
     Ok([
-        file(home.agents_unit(), home.as_known(&home.executable()), AGENTS_UNIT)?,
+        file(home.agents_unit(), home.to_public(&home.executable()), AGENTS_UNIT)?,
         file(home.unit(Role::Spm), role(Role::Spm), SPM_UNIT)?,
         file(home.unit(Role::Spa), role(Role::Spa), SPA_UNIT)?,
     ])
@@ -203,7 +203,7 @@ fn contents(home: &Home, template: &str, executable: PathBuf) -> Result<String> 
         }
         quoted(&path, false)
     };
-    let root = home.known_as();
+    let root = home.public_path();
     // A description has specifiers, but no quotes and no variables.
     let shown = root.display().to_string().replace('%', "%%");
     Ok(template

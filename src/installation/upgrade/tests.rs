@@ -76,7 +76,7 @@ fn switched() -> (TestHome, UpgradeSession) {
     assert_eq!(load(&test.home).unwrap().trial().map(|trial| trial.began), Some(7));
     let backed_up = execute(&mut session, UpgradeStep::BackUp);
     assert!(
-        backed_up.backup_whole
+        backed_up.backup_intact
             && backed_up.executable == InstalledExecutable::From
             && backed_up.links == RoleLinks::Executable
     );
@@ -93,7 +93,7 @@ fn in_a_trial_the_manager_runs_the_new_executable_and_the_other_roles_the_old_on
     let actual = session.placement(&mut Programs::default()).unwrap();
     let expected = Placement {
         executable: InstalledExecutable::To,
-        backup_whole: true,
+        backup_intact: true,
         links: RoleLinks::Backup,
         installed: WhichRelease::From,
         stopped: false,
@@ -140,7 +140,7 @@ fn a_commit_keeps_the_new_executable_and_the_backup() {
     let now = Image { version: "2".parse().unwrap(), executable: digest(&home.executable()), ..to.clone() };
     session.begin(now, to, 8).unwrap();
     execute(&mut session, UpgradeStep::Save);
-    assert!(execute(&mut session, UpgradeStep::BackUp).backup_whole);
+    assert!(execute(&mut session, UpgradeStep::BackUp).backup_intact);
     assert_eq!(fs::read_to_string(home.backup_executable()).unwrap(), "two");
     assert!(load(home).unwrap().previous().is_none());
 }

@@ -122,8 +122,8 @@ impl Manager {
             return;
         }
         tracing::warn!(agent = %name, version = %current, "the link `current` differs from the ledger and is rewritten");
-        let written =
-            permissions::place(&self.home, name).and_then(|()| agent::make_current(&self.home, name, current));
+        let written = permissions::agent_directory(&self.home, name)
+            .and_then(|()| agent::make_current(&self.home, name, current));
         if let Err(error) = written {
             tracing::warn!(agent = %name, error = format!("{error:#}"), "cannot rewrite the link `current`");
         }

@@ -118,16 +118,16 @@ impl Manager {
         tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent was started");
         agent.watch = Some(run::watch(&inputs, serial, running));
         let (pid, version) = (record.pid, record.head.version.clone());
-        let runs_so = agent.state.spec().is_none_or(|spec| env_hash(&spec.env) == record.head.env_hash);
+        let spec_matches = agent.state.spec().is_none_or(|spec| env_hash(&spec.env) == record.head.env_hash);
         (agent.record, agent.scattered) = (Some(record), false);
         let lost = std::mem::replace(&mut agent.output_lost, output_lost.clone());
         if let Some(note) = note_of_output(lost, output_lost) {
             self.note(name, note, now);
         }
-        if !runs_so {
+        if !spec_matches {
             tracing::info!(agent = %name, "the environment was changed during the start; the sub-agent is restarted");
         }
-        self.step(name, AgentEvent::Launched { pid, version, runs_so }, now);
+        self.step(name, AgentEvent::Launched { pid, version, spec_matches }, now);
     }
 
     fn exited(&mut self, name: &AgentName, serial: u64, ended: ProcessExit, now: Instant) {

@@ -250,7 +250,7 @@ impl Manager {
         };
         Status {
             version: Some(self.identity.version.clone()),
-            home: self.home.known_as().display().to_string(),
+            home: self.home.public_path().display().to_string(),
             state,
             spm,
             spa,

@@ -56,8 +56,8 @@ impl Manager {
             ReconcileStep::Activate { name, order } => (name, AgentEvent::Activate(order)),
             ReconcileStep::Configure { name, spec } => {
                 let sound = self.may_restart(&name).map_err(|error| stage::release_error(&error));
-                let runs_so = self.runs_so(&name, &spec);
-                (name, AgentEvent::Configure { spec, runs_so, sound })
+                let spec_matches = self.spec_matches(&name, &spec);
+                (name, AgentEvent::Configure { spec, spec_matches, sound })
             }
             ReconcileStep::Set { name, run } => (name, AgentEvent::Set(run)),
             ReconcileStep::Uninstall { name } => (name, AgentEvent::Uninstall),
@@ -67,7 +67,7 @@ impl Manager {
     }
 
     /// Whether the process of a sub-agent runs with these settings. The record of a dead one counts, too.
-    fn runs_so(&self, name: &AgentName, spec: &Spec) -> bool {
+    fn spec_matches(&self, name: &AgentName, spec: &Spec) -> bool {
         let record = self.agents.get(name).and_then(|agent| agent.record.as_ref());
         record.is_some_and(|record| record.head.env_hash == env_hash(&spec.env))
     }
@@ -258,7 +258,7 @@ impl Manager {
 
 /// Removes all files of a sub-agent.
 fn remove(home: &Home, name: &AgentName) -> Result<()> {
-    permissions::place(home, name)?;
+    permissions::agent_directory(home, name)?;
     stop::stop_unseen(home, name)?;
     agent::clear_current(home, name)?;
     store::remove(&home.current(name))?;
@@ -275,7 +275,8 @@ fn remove(home: &Home, name: &AgentName) -> Result<()> {
 
 /// Removes a release from the disk, if it exists.
 fn discard(home: &Home, name: &AgentName, version: &Version) {
-    let removed = permissions::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
+    let removed =
+        permissions::agent_directory(home, name).and_then(|()| package::discard(&home.release(name, version)));
     if let Err(error) = &removed {
         tracing::warn!(agent = %name, error = format!("{error:#}"), "cannot remove a release");
     }

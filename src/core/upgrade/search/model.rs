@@ -147,7 +147,7 @@ enum ProbeResult {
 pub struct Spa {
     pub image: WhichRelease,
     pub died: bool,
-    pub took_over: bool,
+    pub found_running_manager: bool,
     probe: ProbeResult,
     proof: Option<bool>,
 }
@@ -306,7 +306,7 @@ impl Model<'_> {
             decider,
             recorded: begun.is_none(),
             executable,
-            backup_whole: state.prev.now == File::From,
+            backup_intact: state.prev.now == File::From,
             links: match (state.spa_link.now, state.other_links.now) {
                 (true, true) => RoleLinks::Backup,
                 (false, false) => RoleLinks::Executable,
@@ -323,7 +323,7 @@ impl Model<'_> {
             }),
             watchdog: state.spa.map(|spa| spa.image),
             died: state.spa.is_some_and(|spa| spa.died),
-            took_over: state.spa.is_some_and(|spa| spa.took_over),
+            found_running_manager: state.spa.is_some_and(|spa| spa.found_running_manager),
             probe: match state.spa.map(|spa| spa.probe) {
                 None | Some(ProbeResult::Not) => Probe::NotAsked,
                 Some(ProbeResult::Works(ago)) => Probe::Works(seconds(ago)),
@@ -521,9 +521,9 @@ impl Model<'_> {
         if image == WhichRelease::To && self.kind == Kind::BadWatchdog {
             return None;
         }
-        let took_over =
+        let found_running_manager =
             phase == Some(UpgradePhase::Trial) && state.spm.is_some_and(|spm| spm.image == WhichRelease::To);
-        Some(State { spa: Some(Spa { took_over, ..fresh(image) }), ..*state })
+        Some(State { spa: Some(Spa { found_running_manager, ..fresh(image) }), ..*state })
     }
 
     /// The possible events outside of the roles and the new program.
@@ -604,7 +604,7 @@ fn new_manager() -> Spm {
 }
 
 fn fresh(image: WhichRelease) -> Spa {
-    Spa { image, died: false, took_over: false, probe: ProbeResult::Not, proof: None }
+    Spa { image, died: false, found_running_manager: false, probe: ProbeResult::Not, proof: None }
 }
 
 pub fn without_spm(state: State) -> State {
@@ -631,7 +631,7 @@ fn note(state: &mut State, change: RecordChange) {
     if let Some(spa) = &mut state.spa {
         match change {
             RecordChange::CountDeath => spa.died = false,
-            RecordChange::CountLostWatchdog => spa.took_over = false,
+            RecordChange::CountLostWatchdog => spa.found_running_manager = false,
             RecordChange::CountFailedProof => spa.proof = None,
             RecordChange::BeginTrial => *spa = fresh(spa.image),
             _ if ends => *spa = fresh(spa.image),

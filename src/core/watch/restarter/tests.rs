@@ -79,7 +79,7 @@ fn the_watchdog_queries_the_unit_early_and_the_manager_after_the_timeout() {
         let (mut restarter, mut now) = (lost(policy, true, start), start);
         let at = |_| {
             assert_eq!(next(&mut restarter, observation, &mut now), RestarterAction::QueryUnit);
-            assert_eq!(restarter.unit_answered(Some(UnitStanding::Coming), observation, now), None);
+            assert_eq!(restarter.unit_answered(Some(UnitCondition::Active), observation, now), None);
             (now - start).as_secs()
         };
         (0..times).map(at).collect()
@@ -94,7 +94,7 @@ fn the_watchdog_queries_the_unit_early_and_the_manager_after_the_timeout() {
 
 #[test]
 fn each_state_of_the_unit_has_its_action_after_the_timeout() {
-    use UnitStanding::*;
+    use UnitCondition::*;
     let follows = |policy, standing, observation, seconds| {
         let start = Instant::now();
         lost(policy, true, start).unit_answered(Some(standing), observation, start + S(seconds))
@@ -107,7 +107,7 @@ fn each_state_of_the_unit_has_its_action_after_the_timeout() {
             assert_eq!(follows(standing, FREE, 9), None, "the timeout is not over");
             assert_eq!(follows(standing, TAKEN, 100), None, "a process holds the role");
         }
-        for standing in [Coming, Forbidden] {
+        for standing in [Active, Forbidden] {
             assert_eq!(follows(standing, FREE, 10_000), None);
         }
         let stop = if policy.follows_stop { RestarterAction::FollowStop } else { RestarterAction::LeaveStopped };
@@ -126,26 +126,26 @@ fn a_dead_unit_is_started_once_then_the_role_without_the_unit() {
     for policy in POLICIES {
         let start = Instant::now();
         let mut restarter = lost(policy, true, start);
-        let mut dead = |at| restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(at));
+        let mut dead = |at| restarter.unit_answered(Some(UnitCondition::Dead), FREE, start + S(at));
         assert_eq!([dead(10), dead(19)], [Some(RestarterAction::StartUnit), None]);
         assert_eq!(dead(20), Some(RestarterAction::Start { failures: 1 }));
         assert_eq!([dead(21), dead(22)], [None, Some(RestarterAction::Start { failures: 2 })]);
-        assert_eq!(restarter.unit_answered(Some(UnitStanding::Forbidden), FREE, start + S(600)), None);
+        assert_eq!(restarter.unit_answered(Some(UnitCondition::Forbidden), FREE, start + S(600)), None);
 
         // If the start of the unit is waited for, the timeout counts from its end; and the next absence starts from scratch.
         let mut restarter = lost(policy, true, start);
         assert_eq!(
-            restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(10)),
+            restarter.unit_answered(Some(UnitCondition::Dead), FREE, start + S(10)),
             Some(RestarterAction::StartUnit)
         );
         restarter.unit_start_ended(start + S(90));
-        assert_eq!(restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(99)), None);
+        assert_eq!(restarter.unit_answered(Some(UnitCondition::Dead), FREE, start + S(99)), None);
         restarter.connected(start + S(99));
         restarter.received(start + S(99));
         restarter.lost(start + S(100));
-        assert_eq!(restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(100)), None);
+        assert_eq!(restarter.unit_answered(Some(UnitCondition::Dead), FREE, start + S(100)), None);
         assert_eq!(
-            restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(110)),
+            restarter.unit_answered(Some(UnitCondition::Dead), FREE, start + S(110)),
             Some(RestarterAction::StartUnit)
         );
     }
@@ -161,7 +161,7 @@ fn a_service_manager_that_does_not_answer_counts_as_absent_after_six_queries() {
             for _ in 0..5 {
                 assert_eq!(ask(&mut restarter, None), None);
             }
-            assert_eq!(ask(&mut restarter, Some(UnitStanding::Coming)), None);
+            assert_eq!(ask(&mut restarter, Some(UnitCondition::Active)), None);
         }
         for _ in 0..5 {
             assert_eq!(ask(&mut restarter, None), None);
@@ -261,15 +261,15 @@ enum ModelEvent {
     /// The holder exits; with `true` it yielded before.
     Ends(bool),
     StopRecorded(bool),
-    Unit(Option<UnitStanding>),
+    Unit(Option<UnitCondition>),
 }
 
-fn any_standing() -> impl Strategy<Value = Option<UnitStanding>> {
-    use UnitStanding::*;
+fn any_standing() -> impl Strategy<Value = Option<UnitCondition>> {
+    use UnitCondition::*;
     prop_oneof![
         3 => Just(Some(Dead)),
         2 => Just(Some(Missing)),
-        1 => Just(Some(Coming)),
+        1 => Just(Some(Active)),
         1 => Just(Some(Stopped)),
         1 => Just(Some(Forbidden)),
         2 => Just(None),
@@ -298,7 +298,7 @@ struct Model {
     /// When it connected or was last received from.
     connected: Option<Instant>,
     stop_recorded: bool,
-    unit: Option<UnitStanding>,
+    unit: Option<UnitCondition>,
     /// Unanswered queries in a row.
     unanswered: u32,
     /// A query is under way.
@@ -320,7 +320,7 @@ impl Model {
             taken: false,
             connected: None,
             stop_recorded: false,
-            unit: Some(UnitStanding::Dead),
+            unit: Some(UnitCondition::Dead),
             unanswered: 0,
             asked: false,
             absent_since: now,
@@ -367,7 +367,7 @@ impl Model {
             }
             Some(RestarterAction::StartUnit) => {
                 assert!(supervised && self.connected.is_none() && !self.taken && !is_stopped);
-                assert_eq!(self.unit, Some(UnitStanding::Dead));
+                assert_eq!(self.unit, Some(UnitCondition::Dead));
                 assert!(self.unit_started.is_none(), "the unit is started twice");
                 assert!(timeout_is_over, "before the service manager's timeout");
                 self.unit_started = Some(self.now);
@@ -378,8 +378,8 @@ impl Model {
                 if supervised {
                     assert!(timeout_is_over, "before the service manager's timeout");
                     match self.unit {
-                        Some(UnitStanding::Dead) => assert!(self.unit_started.is_some(), "started before its unit"),
-                        Some(UnitStanding::Missing) => {}
+                        Some(UnitCondition::Dead) => assert!(self.unit_started.is_some(), "started before its unit"),
+                        Some(UnitCondition::Missing) => {}
                         None => assert!(self.unanswered >= MAX_UNANSWERED, "started without an answer"),
                         other => panic!("started while its unit is {other:?}"),
                     }
@@ -395,10 +395,10 @@ impl Model {
             }
             Some(RestarterAction::FollowStop) => {
                 assert!(policy.follows_stop);
-                assert!((is_stopped && !self.taken) || self.unit == Some(UnitStanding::Stopped));
+                assert!((is_stopped && !self.taken) || self.unit == Some(UnitCondition::Stopped));
             }
             Some(RestarterAction::LeaveStopped) => {
-                assert!(!policy.follows_stop && self.unit == Some(UnitStanding::Stopped))
+                assert!(!policy.follows_stop && self.unit == Some(UnitCondition::Stopped))
             }
         }
     }
@@ -468,7 +468,7 @@ proptest! {
         policy in 0..2_usize,
         supervised: bool,
         events in proptest::collection::vec(any_event(), 0..100),
-        unit in prop_oneof![Just(Some(UnitStanding::Dead)), Just(Some(UnitStanding::Missing)), Just(None)],
+        unit in prop_oneof![Just(Some(UnitCondition::Dead)), Just(Some(UnitCondition::Missing)), Just(None)],
     ) {
         let mut model = Model::new(POLICIES[policy], supervised);
         for event in events {

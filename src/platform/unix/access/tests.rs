@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::*;
 use crate::home::Home;
 use crate::installation::permissions::{
-    UnsafeHome, agent, executable, files, home, keys, place, program, programs, way,
+    UnsafeHome, agent, agent_directory, executable, files, home, keys, parents, program, programs,
 };
 use crate::platform;
 
@@ -46,22 +46,22 @@ fn a_writable_directory_above_the_home_is_reported() {
     for mode in [0o777, 0o775, 0o757] {
         platform::set_mode(&open, mode).unwrap();
         let words = [&*open.display().to_string(), &format!("{mode:04o}"), "chmod go-w"];
-        rejected(way(&at), &words);
+        rejected(parents(&at), &words);
         rejected(files(&at, None), &words);
-        rejected(way(&linked), &words);
+        rejected(parents(&linked), &words);
         // A path that does not exist yet would be created there.
-        rejected(way(&Home::new(open.join("none/home"))), &words);
+        rejected(parents(&Home::new(open.join("none/home"))), &words);
         for at in [&at, &linked] {
             home(at).unwrap();
             keys(at).unwrap();
         }
         platform::set_mode(&open, 0o755).unwrap();
-        way(&at).unwrap();
-        way(&linked).unwrap();
+        parents(&at).unwrap();
+        parents(&linked).unwrap();
     }
     platform::set_mode(&open, 0o1777).unwrap();
-    way(&at).unwrap();
-    way(&linked).unwrap();
+    parents(&at).unwrap();
+    parents(&linked).unwrap();
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn a_program_that_others_can_change_is_reported_and_rejected_outside_its_release
     }
     // A directory to be removed need not be trusted.
     platform::set_mode(&at.agent(&name), 0o777).unwrap();
-    place(&at, &name).unwrap();
+    agent_directory(&at, &name).unwrap();
     rejected(agent(&at, &name), &["agents/demo", "0777"]);
 }
 

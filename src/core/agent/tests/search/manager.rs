@@ -58,7 +58,7 @@ impl Model {
                 ReconcileStep::Stage { package, .. } => AgentEvent::Stage(package),
                 ReconcileStep::Activate { order, .. } => AgentEvent::Activate(order),
                 ReconcileStep::Configure { spec, .. } => {
-                    AgentEvent::Configure { spec, runs_so: state.record.is_some(), sound: Ok(()) }
+                    AgentEvent::Configure { spec, spec_matches: state.record.is_some(), sound: Ok(()) }
                 }
                 ReconcileStep::Set { run, .. } => AgentEvent::Set(run),
                 ReconcileStep::Uninstall { .. } => AgentEvent::Uninstall,

@@ -365,7 +365,11 @@ impl Model {
                 state.survived_stop = false;
                 state.process = Some(Process { version: number, since: state.now });
                 state.record = Some(Recorded { version: number, ended: None });
-                self.handle(state, AgentEvent::Launched { pid: 9, version: version_of(number), runs_so: true }, false)
+                self.handle(
+                    state,
+                    AgentEvent::Launched { pid: 9, version: version_of(number), spec_matches: true },
+                    false,
+                )
             }
             SearchEvent::LaunchFailed { refused } => {
                 let number = state.launching.take();
