@@ -1,10 +1,12 @@
 //! `cargo xtask tidy`: the project rules that the compiler does not check. Prints each violation as `file:line: what and why`.
 
 mod cycles;
+mod glossary;
 mod layers;
 mod machine;
 mod rules;
 mod source;
+mod types;
 
 use std::fmt;
 use std::fs;
@@ -17,6 +19,9 @@ use crate::workspace;
 
 /// The root file of each crate that is checked for import cycles.
 const ROOTS: &[&str] = &["src/main.rs", "xtask/src/main.rs"];
+
+/// The root file of the crate whose types have unique names.
+const PROGRAM: &str = "src/main.rs";
 
 /// A violation of a project rule.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,12 +51,15 @@ pub(crate) fn run() -> Result<()> {
     let dependencies = layers::dependencies(&manifest);
     let own_paths = machine::own_paths(&root);
 
+    let glossary = glossary::Glossary::of_the_project().map_err(anyhow::Error::msg)?;
+
     let mut violations = rules::misplaced(&files);
     let mut sources = Vec::new();
     for file in &files {
         let bytes = fs::read(root.join(file)).with_context(|| format!("cannot read {file}"))?;
         let Ok(text) = String::from_utf8(bytes) else { continue };
         violations.extend(machine::check(file, &text, &own_paths));
+        violations.extend(glossary.check(file, &text));
         if file.ends_with(".rs") {
             violations.extend(rules::of_source(file, &text));
             violations.extend(layers::check(file, &text, &dependencies));
@@ -62,6 +70,9 @@ pub(crate) fn run() -> Result<()> {
     for root in ROOTS {
         violations.extend(cycles::check(root, &sources));
     }
+    let built = cycles::built_files(PROGRAM, &sources);
+    let built: Vec<_> = sources.iter().filter(|(file, _)| built.iter().any(|name| name == file)).copied().collect();
+    violations.extend(types::check(&built));
     violations.sort();
     violations.dedup();
     for violation in &violations {

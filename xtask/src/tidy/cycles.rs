@@ -49,6 +49,11 @@ pub(super) fn check(root: &str, sources: &[(&str, &str)]) -> Vec<Violation> {
     violations
 }
 
+/// The files of the crate whose root file is `root` that are built without tests.
+pub(super) fn built_files(root: &str, sources: &[(&str, &str)]) -> Vec<String> {
+    Crate::read(root, sources).modules.into_iter().map(|module| module.file).collect()
+}
+
 /// The imports that form a cycle: each pair of files, with the names that the first uses from the second.
 fn violation(whole: &Crate, ties: &[BTreeMap<usize, Names>], cycle: &[&Vec<usize>]) -> Violation {
     let file = |module: usize| whole.modules[module].file.as_str();

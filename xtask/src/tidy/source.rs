@@ -3,19 +3,47 @@
 /// The code only: comments and string and character literals are blanked.
 pub(super) fn code(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(first) = rest.chars().next() {
-        let before = rest.len();
-        let length = token(rest, out.chars().next_back());
-        let (taken, remaining) = rest.split_at(length.clamp(first.len_utf8(), before));
+    for taken in tokens(source) {
         if is_code(taken) {
             out.push_str(taken);
         } else {
             out.extend(taken.chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
         }
-        rest = remaining;
     }
     out
+}
+
+/// The comments and literals only: code is replaced by punctuation, markers of line comments and escaped line ends by white space.
+pub(super) fn texts(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    for taken in tokens(source) {
+        if taken.starts_with("//") {
+            let text = taken.trim_start_matches('/');
+            out.push_str("  ");
+            out.push_str(text.strip_prefix('!').unwrap_or(text));
+        } else if is_code(taken) {
+            out.push_str(if taken.trim().is_empty() { taken } else { ";" });
+        } else if taken.starts_with('"') {
+            out.push_str(&taken.replace("\\\n", " \n").replace("\\n", ";"));
+        } else {
+            out.push_str(taken);
+        }
+    }
+    out
+}
+
+/// Comments and literals whole, code character by character.
+fn tokens(source: &str) -> impl Iterator<Item = &str> {
+    let mut rest = source;
+    let mut previous = None;
+    std::iter::from_fn(move || {
+        let first = rest.chars().next()?;
+        let length = token(rest, previous);
+        let (taken, remaining) = rest.split_at(length.clamp(first.len_utf8(), rest.len()));
+        previous = if is_code(taken) { taken.chars().next() } else { Some(' ') };
+        rest = remaining;
+        Some(taken)
+    })
 }
 
 /// Whether a token of [`token`] is code. Comments and literals are single tokens, code is cut into characters.
@@ -195,6 +223,15 @@ mod tests {
         assert_eq!(code("fn f<'a>(x: &'a str) {} // it's"), "fn f<'a>(x: &'a str) {}        ");
         assert_eq!(code("let car\"s"), "let car  ");
         assert_eq!(code("\"a\nb\" c").lines().count(), 2);
+    }
+
+    #[test]
+    fn texts_are_comments_and_literals() {
+        let text = texts("//! One\n/// two\nfn f() { g(\"three \\\n    four\"); } // five");
+        let words: Vec<&str> = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
+        assert_eq!(words, ["One", "two", "three", "four", "five"]);
+        assert_eq!(text.lines().count(), 4);
+        assert!(text.contains("One\n   two\n;") && text.contains("three  \n    four"), "{text:?}");
     }
 
     #[test]
