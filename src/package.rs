@@ -1,6 +1,6 @@
 //! Packages: the only way from bytes on the network to a program on the disk.
 //!
-//! [`fetch`] checks the signature file, downloads, verifies and unpacks. It returns a [`VerifiedTree`], which has no public constructor,
+//! [`fetch()`] checks the signature file, downloads, verifies and unpacks. It returns a [`VerifiedTree`], which has no public constructor,
 //! so code that skips the verification does not compile. The archive is verified during the download and unpacked from the same open,
 //! private file, so it cannot be exchanged between the two.
 //!
@@ -301,7 +301,7 @@ fn fetch_from(
     }
 }
 
-/// Like [`fetch`], for a local file with its signature beside it. The file may have any name with the suffix of an archive format.
+/// Like [`fetch()`], for a local file with its signature beside it. The file may have any name with the suffix of an archive format.
 pub fn open_local(file: &Path, request: &PackageRequest, keys: &Keys, staging: &Path) -> Result<VerifiedTree> {
     let attempt = || -> Result<VerifiedTree> {
         keys.ensure_not_empty()?;

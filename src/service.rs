@@ -73,7 +73,7 @@ pub struct InstallOptions {
     #[arg(long, value_name = "ID")]
     pub agent_id: Option<AgentId>,
 
-    /// The gateway, such as https://gateway.example:8888
+    /// The gateway, such as `https://gateway.example:8888`
     ///
     /// May be repeated: the endpoints are tried in the order given. Optional if
     /// an installation exists, or an old one is taken over.

@@ -1,6 +1,6 @@
 //! The manager: receives the desired state from the gateway, installs and runs the sub-agents accordingly, and reports their actual state.
 //!
-//! One task owns all state ([`manager::Manager`]) and never blocks; slow work runs off the event loop and reports with an [`Input`].
+//! One task owns all state ([`manager::Manager`]) and never blocks; slow work runs off the event loop and reports with an [`Input`](input::Input).
 //! Sub-agents survive the manager's exit: each has a record, from which the next manager adopts it.
 
 mod agent;

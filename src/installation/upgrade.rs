@@ -44,7 +44,7 @@ const ON_BACKUP: &[ExecutableName] = &[ExecutableName::Spa, ExecutableName::Agen
 /// The size of the reserve: enough for a few writes of the record and for new links.
 const RESERVE_BYTES: usize = 64 << 10;
 
-/// The evidence that is on disk. [`Evidence`](crate::core::upgrade::Evidence) documents the fields.
+/// The evidence that is on disk. [`Evidence`] documents the fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placement {
     pub executable: InstalledExecutable,

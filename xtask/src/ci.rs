@@ -60,6 +60,11 @@ const CHECKS: &[Check] = &[
         Program::Cargo,
         &["clippy", "--locked", "-p", "aops", "--no-default-features", "--", "-D", "warnings"],
     ),
+    foreground(
+        "documentation",
+        Program::Cargo,
+        &["doc", "--locked", "--workspace", "--no-deps", "--document-private-items"],
+    ),
     foreground("unit-tests", Program::Cargo, &["test", "--locked", "--workspace", "--bins"]),
     foreground("scenarios", Program::Task, &["test", "--test", "suite"]),
     Check {
