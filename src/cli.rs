@@ -29,15 +29,15 @@ First steps, on one machine and without root:
 #[cfg(not(feature = "gateway"))]
 const FIRST_STEPS: &str = "";
 
-/// Keeps this host's agents installed, at the right version, running and
-/// reported
+/// Installs this host's agents, keeps them running at the right version, and
+/// reports their state
 ///
 /// One program, several roles. A host runs the manager (spm) and the watchdog
 /// (spa), which `install` sets up; its operator uses `control`; the `gateway`
 /// serves packages and the desired state of each host.
 ///
-/// A link named aops-agent-service*, aops-spm, aops-spa or control selects the
-/// role without a subcommand.
+/// No subcommand is needed if the program is started under the name
+/// aops-agent-service*, aops-spm, aops-spa or control, for instance by a link.
 #[derive(Debug, Parser)]
 #[command(
     name = "aops",

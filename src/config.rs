@@ -130,7 +130,7 @@ pub struct ParsedSettings {
     pub unknown: Vec<UnknownKey>,
 }
 
-/// The settings in force at a start.
+/// The settings in effect at a start.
 #[derive(Debug)]
 pub struct LoadedSettings {
     pub config: Config,

@@ -56,7 +56,8 @@ pub enum ControlAction {
     ///
     /// Without a service manager, the roles are detached from the caller: from
     /// its session, cgroup, limits, priority and signals. Of its environment
-    /// they keep LANG, TZ, the proxy variables, SSL_CERT_FILE and SSL_CERT_DIR.
+    /// they keep only LANG, TZ, the proxy variables, SSL_CERT_FILE and
+    /// SSL_CERT_DIR.
     Start,
     /// Stop every sub-agent and both roles
     ///
@@ -71,13 +72,13 @@ pub enum ControlAction {
     },
     /// Apply the gateway's orders now, or upgrade the manager from a file
     ///
-    /// Without options: end every hold that `rollback` or `--package` has set,
-    /// and retry a pending upgrade of the manager now.
+    /// Without options: follow the gateway's orders again where `rollback` or
+    /// `--package` overruled them, and retry a pending upgrade of the manager.
     ///
     /// A new release of the manager must first read the settings and the state
-    /// of this home. On trial (upgradeTrial in etc/conf.toml) it must answer,
-    /// adopt every sub-agent and send a heartbeat; the watchdog, still the
-    /// previous release, supervises it. If it fails, bin/aops is restored from
+    /// of this home. During its trial (upgradeTrial in etc/conf.toml) it must
+    /// answer the watchdog, adopt the running sub-agents and send a heartbeat.
+    /// The watchdog, still the previous release, supervises the trial. If it fails, bin/aops is restored from
     /// bin/aops.prev and the release is skipped. While the gateway is
     /// unreachable, the trial continues.
     Upgrade {
@@ -93,15 +94,15 @@ pub enum ControlAction {
     },
     /// Roll back a sub-agent, or the manager, to its previous release
     ///
-    /// It is held at that release until the gateway orders a different one.
+    /// It stays at that release until the gateway orders a different one.
     Rollback {
         /// The sub-agent; without it, the manager
         agent: Option<AgentName>,
     },
-    /// Retry a release that failed or is held back
+    /// Retry a release that failed or was rolled back
     ///
     /// A failed release is skipped until fleet.toml orders a different one or
-    /// raises its `retry`, or until this command.
+    /// raises its `retry`, or until this command is run.
     Retry {
         /// The sub-agent, or aops-spm for the manager
         agent: AgentName,

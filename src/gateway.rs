@@ -70,12 +70,12 @@ pub enum GatewayCommand {
     /// `control`, at its root. A published package never changes: other
     /// content needs another version.
     ///
-    /// To keep the private key off the gateway, sign elsewhere: publish
-    /// accepts an archive with PATH.minisig beside it, and then needs
-    /// keys/aops.pub only.
+    /// To keep the private key off the gateway, sign on another machine:
+    /// publish accepts an archive with PATH.minisig beside it, and then
+    /// needs keys/aops.pub only.
     #[command(verbatim_doc_comment)]
     Publish(publish::PublishArgs),
-    /// Check a fleet file and put it in force
+    /// Check a fleet file and apply it
     #[command(subcommand)]
     Fleet(fleet_apply::FleetCommand),
     /// Serve the depot and answer heartbeats until stopped

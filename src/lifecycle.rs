@@ -1,7 +1,7 @@
 //! Starts, restarts and stops a home as a whole, in any state and for any caller.
 //!
-//! A stop is recorded first, so that nothing restarts what is being stopped. The manager is asked to stop the sub-agents; if it does not
-//! answer, they are stopped by their records.
+//! A stop is recorded first, so that nothing restarts what is being stopped. The manager receives a request to stop the sub-agents; if it
+//! does not answer, they are stopped by their records.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
-//! `aops`: one executable with several personalities, chosen by the program's name or the subcommand.
+//! `aops`: one executable with several commands, chosen by the program's name or the subcommand.
 //!
-//! `main` prints the error chain, once, and returns the exit code. The module of each personality describes it.
+//! `main` prints the error chain, once, and returns the exit code. The module of each command describes it.
 
 mod core;
 mod home;
@@ -8,7 +8,7 @@ mod lock;
 mod platform;
 mod store;
 
-// Personalities, and the command lines that lead to them.
+// The commands, and the command lines that lead to them.
 mod cli;
 mod control;
 #[cfg(feature = "gateway")]
@@ -17,7 +17,7 @@ mod service;
 mod spa;
 mod spm;
 
-// Mechanisms.
+// Modules that the commands share.
 mod command;
 mod config;
 mod control_socket;

@@ -245,7 +245,7 @@ pub fn record_exit(home: &Home, role: Role, holder: &RoleHolder) {
     if let Err(error) = store::save(&record(home, role), &last) {
         tracing::warn!(
             error = format!("{error:#}"),
-            "cannot record the orderly exit of the role; it will count as a restart"
+            "cannot record that the role exits as intended; its next start will count as a restart after a failure"
         );
     }
 }

@@ -69,14 +69,16 @@ manager and all its downloads.";
 pub struct InstallOptions {
     /// The identity of this host, as assigned by the platform
     ///
-    /// Optional if an installation exists, or an old one is taken over.
+    /// Optional if an installation exists, or one of the system that aops
+    /// replaces is imported.
     #[arg(long, value_name = "ID")]
     pub agent_id: Option<AgentId>,
 
     /// The gateway, such as `https://gateway.example:8888`
     ///
     /// May be repeated: the endpoints are tried in the order given. Optional if
-    /// an installation exists, or an old one is taken over.
+    /// an installation exists, or one of the system that aops replaces is
+    /// imported.
     #[arg(long, value_name = "URL")]
     pub endpoint: Vec<Endpoint>,
 
@@ -99,7 +101,7 @@ pub struct InstallOptions {
     #[arg(long, value_name = "FILE")]
     pub trusted_key: Vec<PathBuf>,
 
-    /// Verify the gateway's certificate with the authorities in this PEM file
+    /// Verify the gateway's certificate with the certificates in this PEM file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["pin", "insecure"])]
     pub ca_cert: Option<PathBuf>,
 
@@ -118,8 +120,8 @@ pub struct InstallOptions {
     #[arg(long, hide = true)]
     pub pin_first_contact: bool,
 
-    /// The product that this host belongs to: auto, generic, hci or scp
-    /// [default: auto]
+    /// The product that this host is part of: generic, hci, scp, or auto to
+    /// detect it [default: auto]
     #[arg(long, value_name = "NAME")]
     pub product: Option<String>,
 
@@ -127,9 +129,11 @@ pub struct InstallOptions {
     #[arg(long, value_name = "FILE")]
     pub package: Option<PathBuf>,
 
-    /// Take over the settings and the agent id of an old installation in DIR
+    /// Import the settings and the agent id from an installation in DIR of the
+    /// system that aops replaces
     ///
-    /// Not needed if it is in the home: then it is detected and replaced.
+    /// Not needed if DIR is the home: an installation there is detected and
+    /// replaced.
     #[arg(long, value_name = "DIR", conflicts_with = "fresh")]
     pub import: Option<PathBuf>,
 

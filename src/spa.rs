@@ -72,7 +72,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     role::leave_sub_agent_cgroup(home);
     let supervised = options.service != ServiceManagerKind::None;
     if role::is_stop_recorded(home) && !supervised {
-        tracing::info!("the home is stopped; the watchdog does not start");
+        tracing::info!("the home is stopped; the watchdog does not start until `control start`");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let _lock = acquire_role(home, supervised)
@@ -285,14 +285,14 @@ impl Watchdog<'_> {
         match action? {
             RestarterAction::QueryUnit => return self.query_unit(),
             RestarterAction::StartUnit => {
-                tracing::warn!("the manager is dead; its unit is started");
+                tracing::warn!("the manager is not running; starting its unit");
                 if let Err(error) = with_keepalive(|| host_service::start(self.service, self.home, &[Role::Spm])) {
                     tracing::error!(error = format!("{error:#}"), "cannot start the manager's unit");
                 }
                 self.restarter.unit_start_ended(Instant::now());
             }
             RestarterAction::Start { failures } => {
-                tracing::warn!(failures, "the manager is dead and is started");
+                tracing::warn!(failures, "the manager is not running; starting it");
                 if let Err(error) = self.children.start(self.home) {
                     tracing::error!(error = format!("{error:#}"), "cannot start the manager; the start is retried");
                 }
@@ -418,7 +418,7 @@ impl Watchdog<'_> {
     fn request_manager_exit(&self) {
         let Some(holder) = role::current_holder(self.home, Role::Spm) else { return };
         if let Err(error) = holder.request_exit() {
-            tracing::error!(error = format!("{error:#}"), "cannot ask the manager to exit");
+            tracing::error!(error = format!("{error:#}"), "cannot request the manager's exit");
         }
     }
 

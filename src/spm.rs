@@ -80,7 +80,7 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         // The service manager starts a unit on an operator's request or at boot: both clear a recorded stop.
         role::clear_stop(home)?;
     } else if role::is_stop_recorded(home) {
-        tracing::info!("the home is stopped; the manager does not start");
+        tracing::info!("the home is stopped; the manager does not start until `control start`");
         message!("{} is stopped; start it with `control start`", home.root().display());
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
@@ -138,7 +138,7 @@ fn acquire_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard>
         && role::is_held(home, Role::Spm)
         && let Err(error) = control_socket::request(home, &Request::Yield, TAKE_OVER_TIMEOUT)
     {
-        tracing::warn!(error = format!("{error:#}"), "cannot ask the running manager to yield");
+        tracing::warn!(error = format!("{error:#}"), "cannot request the exit of the running manager");
     }
     match role::acquire(home, Role::Spm, TAKE_OVER_TIMEOUT).context("cannot acquire the manager's lock")? {
         Some(lock) => Ok(lock),

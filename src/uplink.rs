@@ -107,8 +107,9 @@ pub fn current_release(
     match reply.status() {
         200 => {
             let bytes = reply.bytes(MAX_OFFER_BYTES).with_context(context)?;
-            let offer: Offer =
-                serde_json::from_slice(&bytes).context("the answer is not from a gateway").with_context(context)?;
+            let offer: Offer = serde_json::from_slice(&bytes)
+                .context("the answer is not from a gateway; check the endpoint")
+                .with_context(context)?;
             ensure!(!offer.file.contains(['/', '\\']), "{}: {:?} is not a file name", context(), offer.file);
             Ok(Some(offer))
         }

@@ -120,7 +120,7 @@ pub struct Agent {
     progress: ProbationProgress,
     /// A roll back that is complete but for the start of the restored release.
     rolled_back: Option<Box<Rollback>>,
-    /// The order in force, where known.
+    /// The order in effect, where known.
     order: Option<Order>,
     /// The start waits for [`AgentEvent::Inspected`].
     starts_when_inspected: bool,
@@ -140,7 +140,7 @@ pub struct Discovery {
     /// How the current release is run; `None` if there is no current release.
     pub program: Option<Result<Program, String>>,
     pub restarts: u64,
-    /// The order in force.
+    /// The order in effect.
     pub order: Option<Order>,
 }
 

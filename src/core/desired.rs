@@ -57,7 +57,7 @@ pub struct DesiredState {
     pub unknown: UnknownFields,
 }
 
-/// The part of the accepted lists that is not in force, or not yet.
+/// The part of the accepted lists that is not in effect, or not yet.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct PendingOrders {

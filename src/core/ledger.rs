@@ -278,7 +278,7 @@ impl LedgerEntry {
         !std::mem::take(&mut self.skipped).is_empty()
     }
 
-    /// Applies the order in force: version, package and `retry`; `None`: there is none. Permanent skips and a hold last while the order names the
+    /// Applies the current order: version, package and `retry`; `None`: there is none. Permanent skips and a hold last while the order names the
     /// same release with no higher `retry`; timed skips end. Returns whether anything changed.
     pub fn order_changed(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
         let timed = self.skipped.len();

@@ -1,6 +1,6 @@
 //! Selects the proxy for a host: from the operator's settings, else from the environment.
 //!
-//! Proxies are used with HTTP CONNECT and see nothing of the TLS content. User and password are part of the proxy's address; all output
+//! Proxies are used with HTTP CONNECT and cannot read the TLS content. User and password are part of the proxy's address; all output
 //! omits them, and only the settings file holds them.
 
 use std::fmt;

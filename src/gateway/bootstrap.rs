@@ -34,7 +34,10 @@ pub(super) fn create(
     let name = file_name(release.os, release.arch);
     let mut attempt = || -> Result<()> {
         if keys.texts().is_empty() {
-            bail!("{} has no valid public key", directory.keys().display());
+            bail!(
+                "{} has no valid public key; add aops.pub, which `aops gateway init` created",
+                directory.keys().display()
+            );
         }
         let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory.depot())?;
         archive::extract(package, packing, archive::manager_path(release.os), file.as_file_mut())?;

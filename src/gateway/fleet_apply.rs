@@ -1,6 +1,6 @@
-//! `gateway fleet apply`: validates a fleet file, shows its changes, and puts it in force at once.
+//! `gateway fleet apply`: validates a fleet file, shows its changes, and puts it into effect at once.
 //!
-//! The file passes the same validation as in the running gateway, against the fleet in force and the published packages, before anything is
+//! The file passes the same validation as in the running gateway, against the active fleet and the published packages, before anything is
 //! replaced. It is written atomically and its hash recorded, so the gateway loads it without waiting for further changes.
 
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// The subcommands of `gateway fleet`.
 #[derive(Debug, clap::Subcommand)]
 pub enum FleetCommand {
-    /// Check a fleet file, show its changes, put it in force
+    /// Check a fleet file, show its changes, apply it
     ///
     /// FILE is validated like fleet.toml: a rejected file changes nothing.
     /// The command shows the changes for the hosts known now, replaces
@@ -63,7 +63,7 @@ pub(super) fn run(command: &FleetCommand) -> Result<()> {
     .with_context(|| format!("cannot apply {shown}"))?;
 
     let FleetChanges { lines, hosts: changed } = changes(in_force.as_ref(), &fleet, &hosts);
-    report!("{shown} is good; it changes {changed} of {} hosts", hosts.len());
+    report!("{shown} is valid; it changes {changed} of {} hosts", hosts.len());
     for line in lines {
         report!("  {line}");
     }
@@ -77,7 +77,7 @@ pub(super) fn run(command: &FleetCommand) -> Result<()> {
         return Ok(());
     }
     let generation = wait_until_loaded(&directory, &content)?;
-    report!("in force, as generation {generation}");
+    report!("in effect, as generation {generation}");
     Ok(())
 }
 
@@ -89,7 +89,7 @@ fn or_warning<T>(loaded: Result<Option<T>>) -> Option<T> {
     })
 }
 
-/// Waits until the running gateway has put the file in force, and returns its generation.
+/// Waits until the running gateway has put the file into effect, and returns its generation.
 fn wait_until_loaded(directory: &GatewayDirectory, content: &str) -> Result<u64> {
     let started = Instant::now();
     loop {
@@ -105,7 +105,7 @@ fn wait_until_loaded(directory: &GatewayDirectory, content: &str) -> Result<u64>
             let why = error.unwrap_or_else(|| {
                 format!("it has not loaded the file within {LOAD_TIMEOUT:?}; see its log and `aops gateway status`")
             });
-            bail!("fleet.toml is replaced, but the running gateway has not put it in force: {why}");
+            bail!("fleet.toml is replaced, but the running gateway has not put it into effect: {why}");
         }
         platform::pause(POLL_INTERVAL);
     }

@@ -1,9 +1,9 @@
-//! Watches `fleet.toml`: reads it when it has changed and settled, or when `gateway fleet apply` wrote it; then puts it in force or rejects it
-//! with a reason.
+//! Watches `fleet.toml`: reads it when it has changed and settled, or when `gateway fleet apply` wrote it; then applies it, or rejects
+//! it with a reason.
 //!
 //! The last good text is saved in `state/`, so a gateway that restarts with a broken `fleet.toml` keeps the same desired state. It is saved in
 //! the background: a slow disk does not delay a new fleet. If the gateway crashes before the save and `fleet.toml` is broken, the previous
-//! fleet is in force again. Hosts then receive it under a generation greater than the one that they have (`core/generation.rs`): generations
+//! fleet is in effect again. Hosts then receive it under a generation greater than the one that they have (`core/generation.rs`): generations
 //! depend on what each host reports, not on this file.
 //!
 //! A file that was rejected for a missing package is validated again when the depot changes.
@@ -34,7 +34,7 @@ const MAX_APPLIED_BYTES: u64 = 128;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct FleetFileStatus {
-    /// When the fleet in force was accepted, Unix milliseconds; also its generation.
+    /// When the fleet in effect was accepted, Unix milliseconds; also its generation.
     pub(super) generation: Option<u64>,
     /// The heartbeat interval, seconds.
     pub(super) interval: u64,
@@ -44,11 +44,11 @@ pub(super) struct FleetFileStatus {
     pub(super) rules: usize,
     /// SHA-256 of its text.
     pub(super) content: Option<String>,
-    /// Why the present file is not in force.
+    /// Why the present file is not in effect.
     pub(super) error: Option<String>,
 }
 
-/// The fleet file and the fleet in force.
+/// The fleet file and the fleet in effect.
 pub(super) struct FleetFile {
     directory: GatewayDirectory,
     /// The stamp at the last poll; the inner `None` is a missing file.
@@ -58,7 +58,7 @@ pub(super) struct FleetFile {
     validated: Option<Option<FileStamp>>,
     in_force: Option<ActiveFleet>,
     status: FleetFileStatus,
-    /// Saves the text of the fleet in force.
+    /// Saves the text of the fleet in effect.
     last_good: WriteBehind<Arc<str>>,
     /// Why the saved fleet could not be read, until another one is saved.
     load_problem: Option<String>,
@@ -170,7 +170,7 @@ impl FleetFile {
             Err(error) => {
                 let reason = format!("{error:#}");
                 if self.status.error.as_ref() != Some(&reason) {
-                    tracing::error!(path = %path.display(), %reason, "the fleet file is rejected; the last good one stays in force");
+                    tracing::error!(path = %path.display(), %reason, "the fleet file is rejected; the last good one stays in effect");
                 }
                 self.status.error = Some(reason);
             }
@@ -203,7 +203,7 @@ impl FleetFile {
             generation,
             agents = fleet.names().len(),
             rules = fleet.rules.len(),
-            "the fleet file is in force"
+            "the fleet file is in effect"
         );
         self.put_in_force(fleet, text, generation);
         Ok(())
@@ -239,7 +239,7 @@ pub(super) fn lineage(directory: &GatewayDirectory) -> (String, Option<String>) 
     let loaded = load_or_create_lineage(directory);
     loaded.unwrap_or_else(|error| {
         let why = format!(
-            "cannot keep the lineage of the generations, so hosts will treat this gateway as another one after its next start: {error:#}"
+            "cannot keep this gateway's lineage (its identity), so hosts will treat it as another gateway after its next start: {error:#}"
         );
         (uuid::Uuid::new_v4().to_string(), Some(why))
     })

@@ -236,7 +236,7 @@ fn remove_a_silent_host(inner: &mut Inner, now: u64) -> Result<(), HostLimitReac
     if now.saturating_sub(stalest.last_heartbeat) < REPLACEABLE_AFTER.as_millis() as u64 {
         return Err(HostLimitReached);
     }
-    tracing::info!(agent_id = %stalest.agent_id, "a silent host is removed to make room for a new one");
+    tracing::info!(agent_id = %stalest.agent_id, "at the limit of hosts, a host without a recent heartbeat is replaced with a new one");
     inner.bytes = inner.bytes.saturating_sub(stalest.bytes());
     inner.hosts.remove(&stalest.agent_id);
     Ok(())

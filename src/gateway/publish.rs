@@ -48,7 +48,7 @@ Hosts run it once fleet.toml in DIR lists it:
   [agents.hello]
   version = \"1.0\"
 
-All keys of agent.toml but name, version and command are optional:
+All keys of agent.toml except name, version and command are optional:
 
   [run]
   command = [\"./hello.sh\"]   relative to the package, and its arguments
@@ -82,11 +82,11 @@ timeout it is killed with all processes that it started.
 
 Instead of agent.toml, a package can have an executable `control` script that
 supports start, stop and status. status prints `started` or `stoped` and runs
-every 30 seconds: `stoped`, or three times no answer within 10 seconds, restarts
-the sub-agent. If the program leaves its cgroup, session and environment (by
-`su - USER`, or by a process title of its own), the script must also support
-`pid`, which prints the process id. A program that cannot be found is not
-started a second time, and only its script can stop it.
+every 30 seconds. If it prints `stoped`, or three times does not answer within
+10 seconds, the sub-agent is restarted. If the program leaves its cgroup,
+session and environment (by `su - USER`, or by a process title of its own), the
+script must also support `pid`, which prints the process id. A program that
+cannot be found is not started a second time, and only its script can stop it.
 
 A package of the manager (aops-spm, with bin/aops) can change the keys that
 hosts trust, once its release is committed:
@@ -96,8 +96,8 @@ hosts trust, once its release is committed:
                           operator's own file in etc/keys of a host
 
 It can also move hosts to another gateway, which they keep if the release passes
-its trial: etc/endpoint.toml with heartbeatSrv, and caCert (a file of the
-package) or pin.
+its trial. For this, it contains etc/endpoint.toml with heartbeatSrv, and caCert
+(a file of the package) or pin.
 
 To rotate a key, sign a release that contains the new key with the old key; when
 every host runs it, sign a release that revokes the old key with the new key.";
@@ -113,19 +113,21 @@ pub struct PublishArgs {
     /// its signature or its file name
     #[arg(long, verbatim_doc_comment)]
     name: Option<AgentName>,
-    /// Version of the package, likewise
+    /// Version of the package, under the same condition
     #[arg(long)]
     version: Option<Version>,
-    /// linux or windows, likewise; the default for a
-    /// directory is the system of this executable
+    /// linux or windows, under the same condition; the
+    /// default for a directory is the system of this
+    /// executable
     #[arg(long, verbatim_doc_comment)]
     os: Option<Os>,
-    /// amd64, 386 or arm64, likewise
+    /// amd64, 386 or arm64, under the same condition
     #[arg(long)]
     arch: Option<Arch>,
-    /// Epoch of the package: a host rejects epochs lower
-    /// than the highest one that it has committed [default:
-    /// the highest of that name, or 1]
+    /// Epoch of the package. A higher one withdraws the
+    /// releases of lower epochs: a host that has committed
+    /// it rejects them [default: the highest of that name,
+    /// or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
     /// The private key to sign with; its password, if any,
@@ -388,7 +390,7 @@ fn sign(directory: &GatewayDirectory, key: Option<&Path>, package: &mut File, bi
     let default = directory.signing_key();
     let key = key.unwrap_or(&default);
     if !key.exists() {
-        bail!("there is no signing key {}; give one with --key, or put a signature beside the archive", key.display());
+        bail!("there is no signing key {}; name one with --key, or put a signature beside the archive", key.display());
     }
     let signer = Signer::load(key, || password(key))?;
     package.seek(SeekFrom::Start(0))?;

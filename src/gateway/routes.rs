@@ -81,8 +81,8 @@ async fn heartbeat(State(shared): State<Arc<RequestContext>>, request: Request) 
     match answer {
         Ok(answer) => Ok(json_response(StatusCode::OK, &answer)),
         Err(super::hosts::HostLimitReached) => {
-            tracing::warn!(agent_id = %header_id, "a host is rejected: the limit of hosts is reached");
-            Err(HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway's limit of hosts is reached")
+            tracing::warn!(agent_id = %header_id, "a host is rejected: the gateway already has the maximum number of hosts");
+            Err(HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway already has the maximum number of hosts")
                 .retry_after(300))
         }
     }

@@ -224,11 +224,17 @@ fn problems(record: &Record, now: u64, silent_after: u64) -> Vec<String> {
         problems.push("silent".to_owned());
     }
     if let Some(twin) = record.twin.as_ref().filter(|twin| now.saturating_sub(twin.last_heartbeat) < TWIN_MILLIS) {
-        problems.push(format!("its agent id is also used by {}", twin.hostname));
+        problems.push(format!(
+            "its agent id is also used by {}; install one of the two with another --agent-id",
+            twin.hostname
+        ));
     }
     if let Some(offset) = record.clock_offset_seconds.filter(|offset| offset.unsigned_abs() > MAX_CLOCK_DIFFERENCE) {
         let side = if offset > 0 { "ahead" } else { "behind" };
-        problems.push(format!("its clock is {} seconds {side}", offset.unsigned_abs()));
+        problems.push(format!(
+            "its clock is {} seconds {side}; synchronize it, for instance by NTP",
+            offset.unsigned_abs()
+        ));
     }
     problems.extend(record.missing.clone());
     for agent in &record.agents {
@@ -282,8 +288,8 @@ fn part_lines(status: &StatusReport) -> Vec<String> {
 
 fn fleet_line(fleet: &FleetSection) -> String {
     match &fleet.accepted {
-        Some(accepted) => format!("{} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules),
-        None => "none in force".to_owned(),
+        Some(accepted) => format!("{} sub-agents, {} rules, in effect since {accepted}", fleet.agents, fleet.rules),
+        None => "none in effect".to_owned(),
     }
 }
 

@@ -105,7 +105,7 @@ impl DirectoryWatcher {
             tracing::info!(packages = index.packages(), problems = index.problems().len(), "the depot has changed");
         }
         let (pins, snapshot) = (self.certificates.status().pins(), shared.snapshot());
-        // The first poll puts the last good fleet in force, whatever the present files are.
+        // The first poll puts the last good fleet into effect, whatever the present files are.
         if snapshot.revision == 0 || depot_changed || fleet_changed || pins != snapshot.pins {
             shared.replace_snapshot(self.fleet.in_force(), index, pins);
         }
@@ -200,11 +200,13 @@ pub(super) async fn keep_watching(
             watcher
         });
         let Ok(returned) = polled.await else {
-            tracing::error!("the watch of the gateway's directory has failed; its files are not reloaded any more");
+            tracing::error!(
+                "cannot watch the gateway's directory any more, so changes of files are not loaded; restart the gateway"
+            );
             shared.set_problem(
                 "watch",
                 Some(
-                    "the watch of the gateway's directory has failed, so changes of files are not loaded; restart the gateway"
+                    "cannot watch the gateway's directory any more, so changes of files are not loaded; restart the gateway"
                         .to_owned(),
                 ),
             );

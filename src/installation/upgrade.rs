@@ -11,7 +11,7 @@
 //! bin/.aops.next           a temporary file that is renamed to bin/aops or bin/aops.prev
 //! ```
 //!
-//! Before each step, the directories are synced: an interrupted previous step may not have done it.
+//! Before each step, the directories are synced: the previous step may have been interrupted before it did so.
 
 mod programs;
 
@@ -281,7 +281,10 @@ impl UpgradeSession {
             if let Some(endpoint) = &image.endpoint
                 && let Err(error) = config::new_endpoint::commit(&self.home, endpoint)
             {
-                tracing::error!(error = format!("{error:#}"), "cannot save the endpoint that the release brings");
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "cannot save the endpoint from the release's etc/endpoint.toml"
+                );
             }
         }
         let unknown = ManagerRecord::load(&self.home).ok().flatten().map(|manager| manager.unknown).unwrap_or_default();

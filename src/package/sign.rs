@@ -40,7 +40,9 @@ impl Signer {
             let secret = secret_in(&text, password)?;
             let public = PublicKey::from_secret_key(&secret)?;
             let signer = Signer { secret, public };
-            signer.check().context("the private and the public half of the key do not match: the file is damaged")?;
+            signer.check().context(
+                "the private and the public half of the key do not match: the file is damaged; restore it from a copy",
+            )?;
             Ok(signer)
         };
         attempt().with_context(|| format!("cannot use the signing key {}", path.display()))

@@ -2,8 +2,8 @@
 //! `started` or `stoped`, spelled like this).
 //!
 //! The script puts the program into the background itself. The program's process is the one that `control pid` or a pid file of the release
-//! names, if it is verified to be its own ([`claim`]); else the oldest one in its group or with its marker. A program whose process is not
-//! found may still run: before a start that finds nothing, and at a stop that finds nothing, the script is asked for its status.
+//! names, if it is verified to be the sub-agent's ([`claim`]); else the oldest one in its group or with its marker. A program whose process
+//! is not found may still run: before a start that finds nothing, and at a stop that finds nothing, the script is run with `status`.
 
 use std::fs::File;
 use std::process::{Command, Output, Stdio};
@@ -273,7 +273,7 @@ async fn run(start: &StartSpec, command: &Command, output: File) -> Result<Proce
 }
 
 /// Runs `control stop` and waits for it; the caller kills the remaining processes. If no process of the sub-agent is found, the script is
-/// first asked whether and as which process it runs, and the target claims that process. Blocks.
+/// first run with `status` and `pid`, and the target claims the process that it names. Blocks.
 ///
 /// # Errors
 ///

@@ -68,7 +68,7 @@ impl StopTarget {
         StopTarget { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered, script, known }
     }
 
-    /// The same target; without a record, the `control` script of this release is asked what runs.
+    /// The same target; without a record, the `control` script of this release finds what runs.
     pub fn with_script(self, version: Version) -> StopTarget {
         let script = if self.record.is_none() { Some(version) } else { self.script };
         StopTarget { script, ..self }

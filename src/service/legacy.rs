@@ -178,7 +178,8 @@ pub(super) fn restore(home: &Home, executable: &Path) -> Result<()> {
         }
         Ok(())
     };
-    attempt().with_context(|| format!("cannot restore the installation that is set aside in {}", aside.display()))
+    attempt()
+        .with_context(|| format!("cannot restore the previous installation, whose files are in {}", aside.display()))
 }
 
 /// Moves the entries of one directory into another; those of `run` one by one, because it holds the lock.

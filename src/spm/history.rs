@@ -51,7 +51,10 @@ impl UpgradeHistory {
     pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
         self.file.saved(inputs);
         if let Err(error) = result {
-            tracing::warn!(error, "cannot write the history of upgrades; its newest entries are only in memory");
+            tracing::warn!(
+                error,
+                "cannot write the history of upgrades; its newest entries are lost if the manager exits"
+            );
         }
     }
 

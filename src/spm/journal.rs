@@ -187,7 +187,7 @@ impl Journal {
     pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
         self.file.saved(inputs);
         if let Err(error) = result {
-            tracing::warn!(error, "cannot write the events queued for the gateway; they are only in memory");
+            tracing::warn!(error, "cannot write the events queued for the gateway; they are lost if the manager exits");
         }
     }
 

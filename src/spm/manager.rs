@@ -199,7 +199,7 @@ impl Manager {
         if permissions::home(home).is_ok()
             && let Err(error) = package::sweep(&PackagePaths::of(home))
         {
-            tracing::warn!(error = format!("{error:#}"), "cannot remove leftovers of earlier staging");
+            tracing::warn!(error = format!("{error:#}"), "cannot remove files that earlier downloads left in staging/");
         }
         let record = installation::upgrade::load(home).unwrap_or_else(|error| {
             tracing::error!(error = format!("{error:#}"), "cannot read the record of the manager's upgrades");
@@ -258,10 +258,10 @@ impl Manager {
     /// Handles a signal to exit: the sub-agents keep running, unless the home is being stopped.
     fn handle_termination(&mut self) {
         if self.stop.is_some() {
-            tracing::info!("the manager was asked to exit; it exits when every sub-agent is stopped");
+            tracing::info!("received a signal to exit; the manager exits when every sub-agent is stopped");
             return;
         }
-        tracing::info!("the manager was asked to exit; the sub-agents keep running");
+        tracing::info!("received a signal to exit; the sub-agents keep running");
         self.exit = Some(Goodbye::Yield);
     }
 

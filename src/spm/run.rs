@@ -54,7 +54,7 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
                 ScriptFindings::Up(record) => record,
                 ScriptFindings::Down => script::start(&start, output.file).await?,
                 ScriptFindings::Other(record) => {
-                    tracing::warn!(agent = %start.name, pid = record.pid, "the control script names a process that is running already; it is stopped first");
+                    tracing::warn!(agent = %start.name, pid = record.pid, "the control script names a process that is running already; that process is stopped first");
                     stop_target(&start.home, StopTarget::of(&start.name, Some(record), start.groups.as_ref())).await?;
                     script::start(&start, output.file).await?
                 }

@@ -218,7 +218,7 @@ fn check_name(home: &Home, release: &Release) -> Result<(), String> {
     let installed: Vec<Version> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     match installed.iter().find(|other| names::differ_only_in_case(other, version)) {
         Some(other) if !installed.contains(version) => Err(format!(
-            "cannot install {name} {version}: this host's file system sees it as {other}, which is installed; choose another version"
+            "cannot install {name} {version}: this host's file system does not distinguish it from {other}, which is installed; choose another version"
         )),
         _ => Ok(()),
     }

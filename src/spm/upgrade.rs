@@ -254,11 +254,11 @@ fn switch(job: &UpgradeJob, from: Image, to: Image, staged: &Path) -> Result<Upg
         Err(UpgradeRefusal::Running) => return Ok(UpgradeOutcome::Nothing),
         Err(UpgradeRefusal::UnderWay) => bail!("another upgrade of the manager is in progress"),
         Err(UpgradeRefusal::Skipped(why)) => bail!(
-            "this release failed here before and is skipped ({why}); `control retry {MANAGER_PACKAGE}` permits it"
+            "this release failed here before and is skipped ({why}); to try it again, run `control retry {MANAGER_PACKAGE}`"
         ),
     }
     let (last, _) = carry_out_steps(&job.home, &job.own, &mut session, Some(staged))?;
-    ensure!(last == UpgradeStep::RestartManager, "the switch was abandoned ({last:?})");
+    ensure!(last == UpgradeStep::RestartManager, "the switch to the new release was abandoned ({last:?})");
     Ok(UpgradeOutcome::Switched)
 }
 

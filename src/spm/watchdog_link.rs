@@ -59,7 +59,7 @@ impl WatchdogLink {
         }
         let why = memory::excess("the watchdog", used, limit, "spaMaxMem")?;
         match role::current_holder(home, Role::Spa).map(|holder| holder.request_exit()) {
-            Some(Err(error)) => tracing::error!(error = format!("{error:#}"), "cannot ask the watchdog to exit"),
+            Some(Err(error)) => tracing::error!(error = format!("{error:#}"), "cannot request the watchdog's exit"),
             _ => tracing::warn!(why, "the watchdog uses too much memory and is restarted"),
         }
         Some(why)

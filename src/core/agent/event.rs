@@ -82,7 +82,7 @@ pub enum AgentEvent {
     Uninstall,
     /// The plan does not need this release on disk.
     Discard(Version),
-    /// Another desired state is in force. `None`: it does not include this sub-agent.
+    /// Another desired state is in effect. `None`: it does not include this sub-agent.
     OrderChanged(Option<Order>),
     /// An operator requests the previous release, against this order.
     RollBack {

@@ -144,7 +144,7 @@ pub struct Interruptions {
     pub unknown: UnknownFields,
 }
 
-/// The order that was in force when an operator changed the manager. It is overruled.
+/// The order that was in effect when an operator changed the manager. It is overruled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OverruledUpgrade {
@@ -531,7 +531,7 @@ impl UpgradeRecord {
         });
         interruptions.count = interruptions.count.saturating_add(1);
         if interruptions.count >= MAX_INTERRUPTIONS {
-            let reason = format!("the switch was interrupted {} times", interruptions.count);
+            let reason = format!("the switch to the new release was interrupted {} times", interruptions.count);
             self.skip(&trial.to, reason, &trial.from);
             self.interruptions = None;
         }

@@ -199,7 +199,7 @@ fn check_file(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<
     match &status {
         SignatureStatus::Good => {}
         SignatureStatus::UnknownKey => {
-            tracing::warn!(file = %name, "a package is offered although its signature is by none of the keys of the depot")
+            tracing::warn!(file = %name, "a package is offered, but no key in keys/ can verify its signature; hosts without its key reject it")
         }
         SignatureStatus::Bad(why) => bail!("its signature is invalid: {why}"),
     }

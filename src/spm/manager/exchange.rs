@@ -183,10 +183,10 @@ impl Manager {
                     match &refused {
                         Some(_) => tracing::warn!(
                             error = why,
-                            "the gateway's answer is rejected; the last desired state stays in force"
+                            "the gateway's answer is rejected; the last desired state stays in effect"
                         ),
                         None => {
-                            tracing::warn!(error = why, "the heartbeat failed; the last desired state stays in force")
+                            tracing::warn!(error = why, "the heartbeat failed; the last desired state stays in effect")
                         }
                     }
                 }
@@ -270,9 +270,9 @@ impl Manager {
         }
         let orders_upgrade = answer.cmd.as_deref() == Some("upgrade");
         let unreadable = match &answer.manager {
-            // The last readable order stays in force.
+            // The last readable order stays in effect.
             Some(MessageItem::Unreadable(unreadable)) => Some(format!(
-                "cannot read the order for the manager: {}; its last readable order stays in force",
+                "cannot read the order for the manager: {}; its last readable order stays in effect",
                 unreadable.why
             )),
             Some(MessageItem::Read(order)) => {

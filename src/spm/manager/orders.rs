@@ -1,4 +1,4 @@
-//! The desired state of the sub-agents: accepted from an answer, written to disk before it is in force, and applied.
+//! The desired state of the sub-agents: accepted from an answer, written to disk before it is in effect, and applied.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -26,7 +26,7 @@ const OMISSION_WRITE_INTERVAL: u64 = 10;
 pub(super) struct DesiredStateStore {
     pub(super) held: DesiredState,
     file: StateFile<DesiredState>,
-    /// The next desired state, which is in force when this revision of the file is durable.
+    /// The next desired state, which is in effect when this revision of the file is durable.
     pending: Option<(u64, Box<AcceptedState>)>,
     /// Until when the omission times are counted. Monotonic and only while a manager runs: setting the clock cannot shorten the delay.
     counted_until: Instant,
@@ -41,7 +41,7 @@ impl DesiredStateStore {
         DesiredStateStore { held, file, pending: None, counted_until: now, unwritten: 0, delay: None }
     }
 
-    /// The state that answers are compared with: the one being written, or else the one in force.
+    /// The state that answers are compared with: the one being written, or else the one in effect.
     fn newest(&self) -> &DesiredState {
         self.pending.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
     }
@@ -109,7 +109,7 @@ impl Manager {
         }
     }
 
-    /// Handles an answer with the list in force: sub-agents omitted for the whole delay are removed.
+    /// Handles an answer with the list in effect: sub-agents omitted for the whole delay are removed.
     fn remove_omitted(&mut self, delay: u64) {
         if self.orders.pending.is_some() {
             return;
@@ -124,7 +124,7 @@ impl Manager {
         }
     }
 
-    /// Starts writing a new desired state; it is in force when the write ends.
+    /// Starts writing a new desired state; it is in effect when the write ends.
     fn store_orders(&mut self, taken: Box<AcceptedState>, passed_over: Option<&str>) {
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
             tracing::warn!(
@@ -155,7 +155,7 @@ impl Manager {
         let AcceptedState { desired, new_lineage, moved_back, kept } = taken;
         self.problems.remove("desired");
         if new_lineage {
-            tracing::warn!(lineage = desired.lineage, "the lineage of the desired state changed");
+            tracing::warn!(lineage = desired.lineage, "the desired state is from another gateway: its lineage changed");
         }
         if moved_back {
             let text = format!(
@@ -167,7 +167,7 @@ impl Manager {
         tracing::info!(
             generation = desired.generation,
             agents = desired.agents.len(),
-            "a new desired state is in force"
+            "a new desired state is in effect"
         );
         self.report_empty_list(kept);
         let before = std::mem::replace(&mut self.orders.held, desired);
@@ -218,7 +218,7 @@ impl Manager {
         self.show_rejected_orders();
     }
 
-    /// Shows the rejected orders as long as they are in force.
+    /// Shows the rejected orders as long as they are in effect.
     pub(super) fn show_rejected_orders(&mut self) {
         let words: Vec<String> = self.orders.held.rejected().take(MAX_NAMED).map(describe_rejection).collect();
         let more = self.orders.held.rejected().count().saturating_sub(MAX_NAMED);

@@ -52,7 +52,7 @@ impl Manager {
             Request::Status => ControlReply { error: None, status: Some(Box::new(self.status(now))) },
             Request::Stop => return self.begin_stop(reply, now),
             Request::Yield | Request::Renew { .. } if self.stop.is_some() => {
-                ControlReply::failed("cannot yield: the home is being stopped")
+                ControlReply::failed("cannot exit for another manager: the home is being stopped")
             }
             Request::Renew { why } => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
@@ -61,7 +61,7 @@ impl Manager {
                 ControlReply::done()
             }
             Request::Yield => {
-                tracing::info!("the manager was asked to yield; the sub-agents keep running");
+                tracing::info!("another manager is to take over; this one exits, and the sub-agents keep running");
                 self.exit = Some(Goodbye::Yield);
                 ControlReply::done()
             }
@@ -168,7 +168,7 @@ impl Manager {
             stop.waiting.push(reply);
             return;
         }
-        tracing::info!("stopping the home");
+        tracing::info!("stopping all sub-agents and the manager");
         self.cancel_upgrade();
         let recorded_by = now + STOP_RECORD_TIMEOUT;
         self.stop = Some(PendingStop { waiting: vec![reply], errors: vec![], is_recorded: false, recorded_by });
@@ -234,7 +234,7 @@ impl Manager {
         for agent in &agents {
             problems.extend(agent.skipped.iter().map(|skipped| {
                 let (name, SkippedStatus { version, reason }) = (&agent.name, skipped);
-                format!("{name} {version} failed and is skipped ({reason}); order another release, or `control retry {name}`")
+                format!("{name} {version} failed and is skipped ({reason}); order another release, or run `control retry {name}`")
             }));
         }
         problems.extend(self.upgrade_problem());

@@ -116,7 +116,7 @@ impl Manager {
         let is_other = |order: &Package| record.is_held() && !record.overrules(&order.version, order.sha256.as_ref());
         if order.as_ref().is_some_and(is_other) {
             tracing::info!(
-                "the gateway orders another release of the manager; the operator's change does not hold any longer"
+                "the gateway orders another release of the manager; it replaces the one that an operator chose"
             );
             job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
                 record.release_hold();
@@ -226,7 +226,7 @@ impl Manager {
         match outcome {
             UpgradeOutcome::Switched => {
                 tracing::info!(
-                    "the new release is in place; this manager yields to it, and the sub-agents keep running"
+                    "the new release is in place; this manager exits so that it can start, and the sub-agents keep running"
                 );
                 self.yield_to_next();
             }
@@ -248,7 +248,7 @@ impl Manager {
         if self.watchdog.next_manager_will_start() {
             self.exit = Some(Goodbye::Yield);
         } else {
-            tracing::warn!("this manager waits for the watchdog before it yields to the new release");
+            tracing::warn!("waiting for the watchdog, which starts the new release, before this manager exits");
         }
     }
 
@@ -287,7 +287,7 @@ impl Manager {
                 let (step, observed) = *read;
                 if step == UpgradeStep::RestartManager && self.stop.is_none() {
                     tracing::info!(
-                        "another release is in place; this manager yields to it, and the sub-agents keep running"
+                        "another release is in place; this manager exits so that it can start, and the sub-agents keep running"
                     );
                     self.yield_to_next();
                 }
@@ -369,7 +369,7 @@ impl Manager {
         if *skipped {
             let bad = &ended.to;
             let text = format!(
-                "{bad} is skipped from now on{why}; order another release, or `control retry {MANAGER_PACKAGE}`"
+                "{bad} is skipped from now on{why}; order another release, or run `control retry {MANAGER_PACKAGE}`"
             );
             self.report("skip", "ok", &ended.from, Some(bad.clone()), Some(*began), text);
         }
@@ -457,7 +457,7 @@ impl Manager {
         }
         if let Some((version, reason)) = self.upgrading.skipped() {
             return Some(format!(
-                "{MANAGER_PACKAGE} {version} failed and is skipped ({reason}); order another release, or `control retry {MANAGER_PACKAGE}`"
+                "{MANAGER_PACKAGE} {version} failed and is skipped ({reason}); order another release, or run `control retry {MANAGER_PACKAGE}`"
             ));
         }
         let why = self.upgrading.last_error.as_ref()?;

@@ -79,8 +79,7 @@ fn a_failed_part_is_named_and_the_other_parts_run_also_at_start() {
     fs::create_dir(gateway.path("state/lineage")).expect("it can be created");
     gateway.run();
     let all = [("keys", "id_rsa.pub"), ("fleet", "rejected"), ("depot", "cannot read the directory")];
-    let parts =
-        wait_for_problems(&gateway, &[&all[..], &[("state", "cannot keep the lineage of the generations")]].concat());
+    let parts = wait_for_problems(&gateway, &[&all[..], &[("state", "cannot keep this gateway's lineage")]].concat());
     assert!(parts["state"]["problems"].to_string().contains("hosts.json.damaged"), "{parts:#}");
     let health = https.get("/healthz").json();
     assert_eq!((&health["ok"], &health["parts"]), (&json!(false), &parts), "{health:#}");
@@ -135,7 +134,7 @@ fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     // The gateway's user can still read the file.
     set_mode(&gateway.path("fleet.toml"), 0o640);
     let said = apply(&gateway, "removalDelay = \"9s\"\n[agents.a]\nversion = \"2\"\n").expect_success();
-    for words in ["changes 1 of 1 hosts", "a: 1 -> 2, on 1 host", "b: 1 removed, on 1 host", "in force, as generation"]
+    for words in ["changes 1 of 1 hosts", "a: 1 -> 2, on 1 host", "b: 1 removed, on 1 host", "in effect, as generation"]
     {
         assert!(said.contains(words), "{words}: {said}");
     }

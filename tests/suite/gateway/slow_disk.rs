@@ -59,7 +59,7 @@ fn slow_syncs_do_not_delay_heartbeats_and_a_crash_does_not_reuse_a_generation() 
     let kept = fs::read_to_string(gateway.path("state/fleet.toml")).expect("it was kept");
     assert!(kept.contains("version = \"1\""), "the syncs are not slow: {kept}");
 
-    // The unwritten state is lost, and the fleet file is now invalid: the previous one is in force again, as a new generation.
+    // The unwritten state is lost, and the fleet file is now invalid: the previous one is in effect again, as a new generation.
     gateway.stop();
     gateway.fleet("[agents.a\n");
     gateway.run();
