@@ -78,9 +78,9 @@ pub enum ControlAction {
     /// A new release of the manager must first read the settings and the state
     /// of this home. During its trial (upgradeTrial in etc/conf.toml) it must
     /// answer the watchdog, adopt the running sub-agents and send a heartbeat.
-    /// The watchdog, still the previous release, supervises the trial. If it fails, bin/aops is restored from
-    /// bin/aops.prev and the release is skipped. While the gateway is
-    /// unreachable, the trial continues.
+    /// The watchdog, still the previous release, supervises the trial. If it
+    /// fails, bin/aops is restored from bin/aops.prev and the release is skipped.
+    /// While the gateway is unreachable, the trial continues.
     Upgrade {
         /// Upgrade the manager from this package, with FILE.minisig beside it
         #[arg(long, value_name = "FILE", group = "what")]

@@ -323,7 +323,7 @@ fn a_new_endpoint_is_on_trial_with_its_release() {
     let unmoved = settings();
     order(&gateway, "2.0.0");
     let status = host.wait_for_status("the release with an unreachable endpoint to be rolled back", ENDED, |status| {
-        runs(status, "1.0.0") && status["problems"].to_string().contains("sent no heartbeat")
+        runs(status, "1.0.0") && status["problems"].to_string().contains("could not send a heartbeat")
     });
     assert_eq!(status["gateway"]["endpoint"], gateway.url(), "{status:#}");
     assert_eq!(settings(), unmoved);

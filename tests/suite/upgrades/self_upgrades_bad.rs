@@ -58,7 +58,7 @@ pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
         "exec 9>>\"$2/run/spm.lock\"; flock -x 9; exec sleep 1000001",
         "did not answer in time",
     ),
-    ("cannot send a heartbeat", "exec unshare --net $A spm \"$@\"", "no heartbeat"),
+    ("cannot send a heartbeat", "exec unshare --net $A spm \"$@\"", "could not send a heartbeat"),
     (
         "dies of a fault after a while",
         "(sleep 3; kill -SEGV $$; sleep 0.2; kill -SEGV $$) & exec $A spm \"$@\"",
@@ -67,9 +67,9 @@ pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
     (
         "eats memory",
         "(head -c 200000000 /dev/zero | tail -c 200000000 | sleep 1000001) & exec $A spm \"$@\"",
-        "too much",
+        "too many resources",
     ),
-    ("starts processes without end", "(while :; do sleep 1000001 & sleep 0.01; done) & exec $A spm \"$@\"", "too much"),
+    ("starts processes without end", "(while :; do sleep 1000001 & sleep 0.01; done) & exec $A spm \"$@\"", "too many resources"),
     (
         "ends the watchdog",
         "(while :; do sleep 0.5; kill -9 $(sed -n 's/.*\"pid\": \\([0-9]*\\),/\\1/p' \"$2/run/spa.json\"); done) & exec $A spm \"$@\"",

@@ -330,6 +330,6 @@ fn an_installation_rejects_a_manager_with_another_key_or_an_older_epoch() {
     );
     scene.hostile.serve(&manager("2.0.0"), &read(&scene.gateway, &manager("2.0.0")), &low);
     let output = scene.host.install(&["--version", "2.0.0"]).expect_code(1);
-    assert!(output.stderr.contains("of epoch 0") && output.stderr.contains("nothing was changed"), "{output}");
+    assert!(output.stderr.contains("has epoch 0") && output.stderr.contains("nothing was changed"), "{output}");
     scene.assert_unharmed();
 }
