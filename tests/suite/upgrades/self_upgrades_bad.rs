@@ -69,7 +69,11 @@ pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
         "(head -c 200000000 /dev/zero | tail -c 200000000 | sleep 1000001) & exec $A spm \"$@\"",
         "too many resources",
     ),
-    ("starts processes without end", "(while :; do sleep 1000001 & sleep 0.01; done) & exec $A spm \"$@\"", "too many resources"),
+    (
+        "starts processes without end",
+        "(while :; do sleep 1000001 & sleep 0.01; done) & exec $A spm \"$@\"",
+        "too many resources",
+    ),
     (
         "ends the watchdog",
         "(while :; do sleep 0.5; kill -9 $(sed -n 's/.*\"pid\": \\([0-9]*\\),/\\1/p' \"$2/run/spa.json\"); done) & exec $A spm \"$@\"",
