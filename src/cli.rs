@@ -74,7 +74,7 @@ enum Command {
         #[command(subcommand)]
         command: gateway::GatewayCommand,
     },
-    /// The installer's commands: install, uninstall, start, stop ...
+    /// The old platform's names for `install` and commands of `control`
     Service {
         #[command(subcommand)]
         command: ServiceCommand,
@@ -138,12 +138,12 @@ enum ServiceVerb {
         #[command(flatten)]
         home: HomeOption,
     },
-    /// Stop every sub-agent and both roles
+    /// Stop every sub-agent, the manager and the watchdog
     Stop {
         #[command(flatten)]
         home: HomeOption,
     },
-    /// Restart both roles; the sub-agents keep running
+    /// Restart the manager and the watchdog; the sub-agents keep running
     Restart {
         #[command(flatten)]
         home: HomeOption,

@@ -59,15 +59,15 @@ pub enum ControlAction {
     /// they keep only LANG, TZ, the proxy variables, SSL_CERT_FILE and
     /// SSL_CERT_DIR.
     Start,
-    /// Stop every sub-agent and both roles
+    /// Stop every sub-agent, the manager and the watchdog
     ///
     /// Nothing restarts until `control start` or the next boot.
     Stop,
-    /// Restart both roles, or one sub-agent
+    /// Restart the manager and the watchdog, or one sub-agent
     ///
     /// The sub-agents keep running while the roles restart.
     Restart {
-        /// The sub-agent to restart; without it, both roles
+        /// The sub-agent to restart; without it, the manager and the watchdog
         agent: Option<AgentName>,
     },
     /// Apply the gateway's orders now, or upgrade the manager from a file

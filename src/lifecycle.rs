@@ -27,7 +27,7 @@ pub fn service(home: &Home) -> ServiceManagerKind {
 /// Starts a stopped home; a running one is left as it is. Does not wait until it answers.
 pub fn start(home: &Home) -> Result<()> {
     check_executables(home).context("cannot start")?;
-    role::clear_stop(home).context("cannot start: cannot delete the record of the stop")?;
+    role::clear_stop(home).context("cannot start: cannot delete the file that marks the home as stopped")?;
     if role::living(home, Role::Spm).is_none() {
         for role in Role::BOTH {
             // If the record cannot be removed, restarts continue to be counted.

@@ -189,9 +189,11 @@ pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
 pub fn leave_sub_agent_cgroup(home: &Home) {
     match process::groups(home).map_or(Ok(false), |groups| groups.leave()) {
         Ok(false) => {}
-        Ok(true) => tracing::info!("the role was started from within a sub-agent and left its cgroup"),
+        Ok(true) => {
+            tracing::info!("this process was started from within a sub-agent and has left that sub-agent's cgroup")
+        }
         Err(error) => {
-            tracing::error!(error = %error, "cannot leave the cgroup of the sub-agent from which the role was started; the role is killed when the sub-agent stops")
+            tracing::error!(error = %error, "cannot leave the cgroup of the sub-agent from which this process was started; it is killed when the sub-agent stops")
         }
     }
 }
@@ -235,7 +237,7 @@ pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
 /// Retries a failed [`announce`].
 pub fn retry_announce(home: &Home, role: Role, own: &RoleHolder) {
     if recorded_holder(home, role).as_ref() != Some(own) && store::save(&record(home, role), own).is_ok() {
-        tracing::info!("the role is recorded now");
+        tracing::info!("the record of this process, which could not be written before, is written now");
     }
 }
 

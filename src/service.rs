@@ -69,16 +69,16 @@ manager and all its downloads.";
 pub struct InstallOptions {
     /// The identity of this host, as assigned by the platform
     ///
-    /// Optional if an installation exists, or one of the system that aops
-    /// replaces is imported.
+    /// Not needed if aops is installed already, or if an installation of the
+    /// old platform is imported (--import).
     #[arg(long, value_name = "ID")]
     pub agent_id: Option<AgentId>,
 
     /// The gateway, such as `https://gateway.example:8888`
     ///
-    /// May be repeated: the endpoints are tried in the order given. Optional if
-    /// an installation exists, or one of the system that aops replaces is
-    /// imported.
+    /// May be repeated: the endpoints are tried in the order given. Not needed
+    /// if aops is installed already, or if an installation of the old platform
+    /// is imported (--import).
     #[arg(long, value_name = "URL")]
     pub endpoint: Vec<Endpoint>,
 
@@ -129,8 +129,8 @@ pub struct InstallOptions {
     #[arg(long, value_name = "FILE")]
     pub package: Option<PathBuf>,
 
-    /// Import the settings and the agent id from an installation in DIR of the
-    /// system that aops replaces
+    /// Import the settings and the agent id from the old platform's
+    /// installation in DIR
     ///
     /// Not needed if DIR is the home: an installation there is detected and
     /// replaced.
@@ -148,7 +148,7 @@ pub enum ServiceChoice {
     /// Register if the host has a service manager and the user is root
     #[default]
     Auto,
-    /// Do not register: `control start` starts the roles, nothing does at boot
+    /// Do not register: `control start` starts aops, nothing does at boot
     None,
 }
 

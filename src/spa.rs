@@ -132,7 +132,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
 /// this process sees no exit. Returns only on failure: then the watchdog exits, and is restarted like any other.
 fn continue_as_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
     let program = home.role_link(Role::Spa.program());
-    tracing::info!(program = %program.display(), "the watchdog continues as another program");
+    tracing::info!(program = %program.display(), "the watchdog replaces its program and keeps its pid");
     if let Err(error) = permissions::executable(home, &program) {
         return error.context("the watchdog cannot continue as another program");
     }

@@ -127,7 +127,7 @@ fn upgrade_text(upgrade: &UpgradeStatus) -> String {
         "committing" => "being committed",
         _ => "being rolled back",
     };
-    let mut text = format!("the change{from} to {} is {phase}", upgrade.to);
+    let mut text = format!("the upgrade{from} to {} is {phase}", upgrade.to);
     if let Some(tries) = upgrade.tries_left {
         text += &format!(", {tries} attempts left");
     }

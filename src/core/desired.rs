@@ -402,7 +402,8 @@ fn check_limits(
     let with_omitted: usize = agents.values().map(bytes_of).sum();
     if agents.len() > (2 * MAX_AGENTS).max(held.agents.len()) || with_omitted > (2 * MAX_ENV_BYTES).max(before) {
         return Err(format!(
-            "cannot accept a desired state with {count} sub-agents while {} others wait for their removal; send it again after that",
+            "cannot accept a desired state with {count} sub-agents while {} others wait for their removal: together they exceed the limit; send it \
+             again when they are removed",
             agents.len() - count
         ));
     }

@@ -1,7 +1,7 @@
 //! Names and versions that can be used for the directory of a release, `agents/<name>/<version>`.
 //!
-//! Any [`AgentName`] or [`Version`] is a safe path component. But next to file names of this program, or on a file system that treats two
-//! names as the same, it could replace something else. Such names are rejected when a package is published and when it is installed.
+//! Any [`AgentName`] or [`Version`] is a safe path component. It could still collide: with a file name that aops itself uses, or with another
+//! name on a file system that ignores case. Such names are rejected when a package is published and when it is installed.
 
 use super::model::{AgentName, MANAGER_PACKAGE, Os, Release, Version};
 

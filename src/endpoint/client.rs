@@ -313,7 +313,9 @@ impl Client {
                 None => format!("cannot reach {origin}: the connection was refused; is the gateway running there?"),
             },
             ureq::Error::Protocol(error) => {
-                format!("cannot parse the answer of {origin}: {error}; is it an https:// endpoint, or not a gateway?")
+                format!(
+                    "cannot parse the answer of {origin}: {error}; check that it is the address of a gateway, and whether it must begin with https://"
+                )
             }
             other => format!("cannot reach {origin}: {other}"),
         };

@@ -29,8 +29,8 @@ pub enum FleetCommand {
     /// FILE is validated like fleet.toml: a rejected file changes nothing.
     /// The command shows the changes for the hosts known now, replaces
     /// fleet.toml atomically, and waits until a running gateway has loaded
-    /// it. Hosts still keep sub-agents that are no longer listed for
-    /// removalDelay.
+    /// it. A sub-agent that is no longer listed stays on its hosts until
+    /// removalDelay has passed.
     #[command(verbatim_doc_comment)]
     Apply(ApplyArgs),
 }

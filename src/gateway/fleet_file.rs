@@ -250,7 +250,9 @@ fn load_or_create_lineage(directory: &GatewayDirectory) -> Result<(String, Optio
     match fs::read_to_string(&path) {
         Ok(text) => match uuid::Uuid::parse_str(text.trim()) {
             Ok(lineage) => return Ok((lineage.to_string(), None)),
-            Err(_) => tracing::warn!(path = %path.display(), "cannot read the lineage; creating a new one"),
+            Err(_) => {
+                tracing::warn!(path = %path.display(), "cannot read this gateway's lineage (its identity); creating a new one, so hosts will treat it as another gateway")
+            }
         },
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),

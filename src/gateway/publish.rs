@@ -83,21 +83,23 @@ timeout it is killed with all processes that it started.
 Instead of agent.toml, a package can have an executable `control` script that
 supports start, stop and status. status prints `started` or `stoped` and runs
 every 30 seconds. If it prints `stoped`, or three times does not answer within
-10 seconds, the sub-agent is restarted. If the program leaves its cgroup,
-session and environment (by `su - USER`, or by a process title of its own), the
-script must also support `pid`, which prints the process id. A program that
-cannot be found is not started a second time, and only its script can stop it.
+10 seconds, the sub-agent is restarted. The script must also support `pid`,
+which prints the process id, if the manager cannot recognize the program's
+process: because `su - USER` starts it, or because it overwrites its environment
+with a process title. If status prints `started` but the process is not found,
+it is not started a second time, and only the script can stop it.
 
 A package of the manager (aops-spm, with bin/aops) can change the keys that
 hosts trust, once its release is committed:
 
   keys/NEW.pub            a minisign public key that hosts trust, too
-  keys/revoked/OLD.pub    a key that hosts never trust again, except from an
-                          operator's own file in etc/keys of a host
+  keys/revoked/OLD.pub    a key that hosts do not trust any more, unless an
+                          operator has put it into etc/keys of the host
 
 It can also move hosts to another gateway, which they keep if the release passes
-its trial. For this, it contains etc/endpoint.toml with heartbeatSrv, and caCert
-(a file of the package) or pin.
+its trial. For this, it contains etc/endpoint.toml with heartbeatSrv (the URL of
+that gateway), and with caCert (the path of a PEM file in the package) or pin
+(the SHA-256 fingerprint of its certificate or public key).
 
 To rotate a key, sign a release that contains the new key with the old key; when
 every host runs it, sign a release that revokes the old key with the new key.";
@@ -124,10 +126,10 @@ pub struct PublishArgs {
     /// amd64, 386 or arm64, under the same condition
     #[arg(long)]
     arch: Option<Arch>,
-    /// Epoch of the package. A higher one withdraws the
-    /// releases of lower epochs: a host that has committed
-    /// it rejects them [default: the highest of that name,
-    /// or 1]
+    /// Epoch of the package, which withdraws older
+    /// releases: a host that has committed a release of
+    /// epoch N rejects all of that name with a lower one
+    /// [default: the highest of that name, or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
     /// The private key to sign with; its password, if any,

@@ -135,7 +135,10 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
 pub fn can_rename(path: &Path, blocker: &Path) -> io::Result<()> {
     use rustix::io::Errno;
     match fs::rename(path, blocker) {
-        Ok(()) => Err(io::Error::other(format!("the test renamed it to {}; rename it back", blocker.display()))),
+        Ok(()) => Err(io::Error::other(format!(
+            "a check of whether it can be renamed moved it to {}; rename it back",
+            blocker.display()
+        ))),
         Err(error) => match Errno::from_io_error(&error) {
             Some(Errno::NOTEMPTY | Errno::EXIST | Errno::ISDIR) => Ok(()),
             _ => Err(error),

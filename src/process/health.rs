@@ -6,8 +6,8 @@
 //! with the sub-agent's environment and user, with its output in the sub-agent's log; exit code 0 is healthy, and at the timeout everything
 //! that it started is killed. A `control` script is run with `status`.
 //!
-//! Between two checks nothing is resident: no thread, no connection. A check that fails because this process did not run, or because the
-//! host is out of memory or descriptors, is not a result.
+//! Between two checks nothing is resident: no thread, no connection. A check is discarded if it fails because the manager was not scheduled,
+//! or because the host is out of memory or descriptors.
 
 mod http;
 mod program;

@@ -99,7 +99,7 @@ impl StartSpec {
     pub fn entered(&self, launch: &Launch, child: &Child) -> Option<String> {
         let group = launch.group.as_ref()?.name();
         if !child.grouped {
-            tracing::warn!(agent = %self.name, group, "cannot enter a sub-agent's group; its processes are tracked by session and marker");
+            tracing::warn!(agent = %self.name, group, "cannot start a sub-agent in its cgroup; its processes are found by session and environment marker");
         }
         child.grouped.then_some(group)
     }

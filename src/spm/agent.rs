@@ -261,7 +261,7 @@ pub(super) fn make_current(home: &Home, name: &AgentName, version: &Version) -> 
 pub(super) fn clear_current(home: &Home, name: &AgentName) -> Result<()> {
     let path = home.current(name);
     if is_directory(&path) {
-        tracing::warn!(agent = %name, path = %path.display(), "a release occupies the path of the link `current` and is removed");
+        tracing::warn!(agent = %name, path = %path.display(), "`current` is a directory instead of a link and is removed");
         package::discard(&path)?;
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! Supervises the watchdog: the end of its connection is its death; then the service manager restarts it, or the manager does.
+//! Supervises the watchdog. A closed connection means that the watchdog has exited. The service manager then restarts it, or the manager
+//! does if there is none or it does not.
 
 use std::process::Child;
 use std::time::Instant;

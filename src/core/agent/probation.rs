@@ -7,14 +7,14 @@
 //!       └────────▶ RollingBack (ledger: rolled back and skipped; it is stopped) ──▶ SwitchingBack ──▶ the previous release runs
 //! ```
 //!
-//! A release is rolled back after [`MAX_FAILURES`] failures, when its second process does not live longer than the first, and when it is not
-//! healthy in time ([`Program::patience`](crate::core::program::Program::patience)). Failures are: an exit, a failed start, being
-//! unhealthy too often. A requested stop is not a failure. Neither is a failed start because the home is not safe or the host is short of
-//! descriptors, memory or processes; the time until the next start does not count either. If the home cannot be written, the roll back
-//! happens all the same and the ledger is written later.
+//! A release is rolled back in each of three cases: after [`MAX_FAILURES`] failures; if its second process does not live longer than the
+//! first; if it is not healthy in time ([`Program::patience`](crate::core::program::Program::patience)). Failures are: an exit, a failed
+//! start, being unhealthy too often. A requested stop is not a failure, nor is a start that fails because the home is not safe or the host is
+//! short of descriptors, memory or processes; the time until the next start is not counted as probation. If the home cannot be written, the
+//! roll back happens all the same and the ledger is written later.
 //!
-//! An exit that no manager saw is a failure; one that a previous manager saw is already counted. `tests/search.rs` searches for a
-//! counterexample.
+//! An exit that no manager saw is a failure; one that a previous manager saw is already counted. `tests/search.rs` searches for a sequence
+//! of events that breaks these rules.
 
 use std::time::{Duration, Instant};
 

@@ -129,7 +129,7 @@ impl Manager {
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
             tracing::warn!(
                 why,
-                "a fallback gateway with another lineage answered; sub-agents missing in its list are kept until its list changes"
+                "a fallback gateway of another fleet (another lineage) answered; sub-agents missing in its list are kept until its list changes"
             );
         }
         self.orders.unwritten = 0;

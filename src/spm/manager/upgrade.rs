@@ -248,7 +248,7 @@ impl Manager {
         if self.watchdog.next_manager_will_start() {
             self.exit = Some(Goodbye::Yield);
         } else {
-            tracing::warn!("waiting for the watchdog, which starts the new release, before this manager exits");
+            tracing::warn!("this manager exits when the watchdog runs, because the watchdog starts the new release");
         }
     }
 

@@ -105,7 +105,7 @@ exec sleep 1000000";
     fs::write(host.beside("go"), "").expect("it is ours");
     wait_for("the roles that it started", SOON, || {
         let log = fs::read_to_string(host.home().join("log/spm.log")).ok()?;
-        log.contains("the role was started from within a sub-agent and left its cgroup").then_some(())
+        log.contains("has left that sub-agent's cgroup").then_some(())
     });
     host.wait_for_status("both roles", SOON, |status| status["state"] == "running");
     let deploy = host.wait_for_agent("deploy");
