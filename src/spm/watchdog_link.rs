@@ -118,7 +118,7 @@ impl WatchdogLink {
     fn carry_out(&mut self, home: &Home, action: Option<RestarterAction>) {
         match action {
             Some(RestarterAction::StartUnit) => {
-                tracing::warn!("the watchdog is dead; its unit is started");
+                tracing::warn!("the watchdog is not running; starting its unit");
                 let (service, home) = (self.service, home.clone());
                 tokio::task::spawn_blocking(move || {
                     if let Err(error) = host_service::start(service, &home, &[Role::Spa]) {

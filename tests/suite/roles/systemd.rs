@@ -148,7 +148,7 @@ fn a_role_started_by_the_other_yields_to_the_service_managers() {
         });
         assert_eq!(main_pid(&container, &unit), 0, "{}", evidence(&container));
         // systemd was tried first.
-        container.shell(&format!("grep -q 'its unit is started' /opt/aops/log/{other}.log")).expect_success();
+        container.shell(&format!("grep -q 'starting its unit' /opt/aops/log/{other}.log")).expect_success();
         assert_eq!(up(&container), before);
 
         container.shell(&format!("rm -r {drop_in}; systemctl daemon-reload; systemctl start {unit}")).expect_success();
