@@ -101,8 +101,9 @@ pub enum ControlAction {
     },
     /// Retry a release that failed or was rolled back
     ///
-    /// A failed release is skipped until fleet.toml orders a different one or
-    /// raises its `retry`, or until this command is run.
+    /// A failed release is skipped until fleet.toml orders a different one, or
+    /// has a higher number in the `retry` of the sub-agent (`retry = 1`, then
+    /// 2), or until this command is run.
     Retry {
         /// The sub-agent, or aops-spm for the manager
         agent: AgentName,

@@ -86,8 +86,9 @@ pub enum GatewayCommand {
     /// `aops gateway status` shows files that cannot be used. Their previous
     /// content stays in use, and other files are not affected.
     ///
-    /// Hosts that pin the certificate pin its public key: renew the
-    /// certificate with the same key. To change the key, put the new key, or
+    /// A host that pins the gateway remembers the public key, not the
+    /// certificate: it accepts a renewed certificate if the key is the same.
+    /// To change the key, put the new key, or
     /// a certificate for it, into tls/next.pem (PEM; at most three): the
     /// gateway announces it to hosts. When `aops gateway status` shows no
     /// host that lacks it, replace tls/cert.pem and tls/key.pem, then remove

@@ -120,8 +120,8 @@ pub struct InstallOptions {
     #[arg(long, hide = true)]
     pub pin_first_contact: bool,
 
-    /// The product that this host is part of: generic, hci, scp, or auto to
-    /// detect it [default: auto]
+    /// The product that this host is part of: hci and scp start aops by their
+    /// own start-up script, generic is any other [default: auto, detect it]
     #[arg(long, value_name = "NAME")]
     pub product: Option<String>,
 

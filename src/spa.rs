@@ -230,13 +230,13 @@ impl Watchdog<'_> {
                     }
                 }
                 ConnectionEnd::Replace => return Ok(WatchdogExit::Replace),
-                how @ (ConnectionEnd::Stopped | ConnectionEnd::Terminate) => {
-                    tracing::info!(how = format!("{how:?}"), "the manager disconnected");
-                    return if how == ConnectionEnd::Stopped {
-                        self.honour_stop()
-                    } else {
-                        Ok(WatchdogExit::Terminated)
-                    };
+                ConnectionEnd::Stopped => {
+                    tracing::info!("the manager has stopped the home and disconnected");
+                    return self.honour_stop();
+                }
+                ConnectionEnd::Terminate => {
+                    tracing::info!("received a signal to exit; the manager keeps running");
+                    return Ok(WatchdogExit::Terminated);
                 }
             }
         }

@@ -5,7 +5,7 @@
 //! the answer's `removalDelay`: until then they stay as ordered, because an omission may be a mistake.
 //!
 //! An order that cannot be read or carried out is rejected alone, and its sub-agent stays unchanged; it is named, so it is not omitted. If
-//! the name of an order cannot be read, the list omits nothing. An answer beyond what a host can store and load again is rejected as a
+//! the name of an order cannot be read, no sub-agent counts as omitted. An answer beyond what a host can store and load again is rejected as a
 //! whole, and the held desired state is kept.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -83,10 +83,11 @@ timeout it is killed with all processes that it started.
 Instead of agent.toml, a package can have an executable `control` script that
 supports start, stop and status. status prints `started` or `stoped` and runs
 every 30 seconds. If it prints `stoped`, or three times does not answer within
-10 seconds, the sub-agent is restarted. The script must also support `pid`,
-which prints the process id, if the manager cannot recognize the program's
-process: because `su - USER` starts it, or because it overwrites its environment
-with a process title. If status prints `started` but the process is not found,
+10 seconds, the sub-agent is restarted. The manager recognizes the program's
+process by its cgroup and by a variable in its environment. If it can have
+neither, because `su - USER` starts it or because it writes a process title over
+its environment, the script must also support `pid`, which prints the process
+id. If status prints `started` but the process is not found,
 it is not started a second time, and only the script can stop it.
 
 A package of the manager (aops-spm, with bin/aops) can change the keys that
@@ -115,21 +116,22 @@ pub struct PublishArgs {
     /// its signature or its file name
     #[arg(long, verbatim_doc_comment)]
     name: Option<AgentName>,
-    /// Version of the package, under the same condition
+    /// Version of the package, if none of these names it
     #[arg(long)]
     version: Option<Version>,
-    /// linux or windows, under the same condition; the
-    /// default for a directory is the system of this
-    /// executable
+    /// linux or windows, if none of these names it
+    /// [default for a directory: the system of this
+    /// executable]
     #[arg(long, verbatim_doc_comment)]
     os: Option<Os>,
-    /// amd64, 386 or arm64, under the same condition
+    /// amd64, 386 or arm64, if none of these names it
     #[arg(long)]
     arch: Option<Arch>,
-    /// Epoch of the package, which withdraws older
-    /// releases: a host that has committed a release of
-    /// epoch N rejects all of that name with a lower one
-    /// [default: the highest of that name, or 1]
+    /// Epoch of the package. Raise it to withdraw older
+    /// releases: a host on which a release of epoch N has
+    /// passed its probation or trial rejects releases of
+    /// that package with a lower epoch [default: the
+    /// highest epoch of that package, or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
     /// The private key to sign with; its password, if any,

@@ -106,7 +106,9 @@ impl Download<'_> {
         // The source had nearly all of the time.
         let share = match self.time + timeout / 20 >= timeout {
             true => format!("{} (downloadTimeout)", Span(timeout)),
-            false => format!("{}, its share of {} (downloadTimeout)", Span(rounded(self.time)), Span(timeout)),
+            false => {
+                format!("{}, this source's share of {} (downloadTimeout)", Span(rounded(self.time)), Span(timeout))
+            }
         };
         format!("the download from {} did not complete within {share}", self.source)
     }

@@ -239,7 +239,7 @@ fn content_range(
     );
     ensure!(
         entry.method != STORED || entry.packed == entry.size,
-        "the entry is stored uncompressed, but has two sizes"
+        "the entry is stored uncompressed, but its compressed and uncompressed sizes differ"
     );
     let mut header = [0; LOCAL_BYTES];
     let mut name = vec![0; entry.name.len()];

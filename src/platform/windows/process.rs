@@ -1,4 +1,4 @@
-//! Processes: listing them, their sub-agents, and waiting for their exit.
+//! Lists processes, finds the sub-agent that each belongs to, and waits for their exit.
 //!
 //! A process is identified permanently by its pid and its creation time, which is absolute, so boots need not be distinguished. The
 //! processes of a sub-agent are found by its group, and without one by descent and by their executables.
