@@ -170,7 +170,7 @@ fn a_new_version_is_staged_before_the_old_one_is_stopped() {
     let before = all_run(&host, 3);
 
     gateway.want(&[("native", "2.0", ""), ("classic", "2.0", ""), other]);
-    host.wait_for_status("the new versions to run", SOON, |status| {
+    host.wait_for_status("the new versions to run", SOON * 4, |status| {
         ["native", "classic"].iter().all(|name| {
             agent(status, name).is_some_and(|agent| agent["version"] == "2.0" && agent["state"] == "running")
         })
