@@ -88,10 +88,10 @@ pub enum GatewayCommand {
     ///
     /// A host that pins the gateway remembers the public key, not the
     /// certificate: it accepts a renewed certificate if the key is the same.
-    /// To change the key, put the new key, or
-    /// a certificate for it, into tls/next.pem (PEM; at most three): the
-    /// gateway announces it to hosts. When `aops gateway status` shows no
-    /// host that lacks it, replace tls/cert.pem and tls/key.pem, then remove
+    /// To change the key, put the new key (private or public) or a certificate
+    /// for it into tls/next.pem (PEM; at most three): the gateway announces
+    /// its public key to hosts. When `aops gateway status` shows no host that
+    /// lacks it, replace tls/cert.pem and tls/key.pem, then remove
     /// tls/next.pem.
     ///
     /// Hosts authenticate the gateway, but do not authenticate to it: any

@@ -134,12 +134,12 @@ fn continue_as_another(home: &Home, service: ServiceManagerKind) -> anyhow::Erro
     let program = home.role_link(Role::Spa.program());
     tracing::info!(program = %program.display(), "the watchdog replaces its program and keeps its pid");
     if let Err(error) = permissions::executable(home, &program) {
-        return error.context("the watchdog cannot continue as another program");
+        return error.context("the watchdog cannot replace its program");
     }
     let mut command = Command::new(&program);
     command.arg("--home").arg(home.public_path()).arg("--service").arg(service.to_string()).arg("--renewed");
     let error = anyhow::Error::from(platform::become_program(&mut command));
-    error.context(format!("the watchdog cannot continue as {}", program.display()))
+    error.context(format!("the watchdog cannot replace its program with {}", program.display()))
 }
 
 /// Acquires the role's lock. A watchdog started by the service manager first ends one that was started otherwise.

@@ -147,7 +147,7 @@ impl StartSpec {
     /// A command that runs a program of this release with its environment, and with its output in the sub-agent's log.
     pub fn command_with_output(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         let output = self.output()?.file;
-        let errors = output.try_clone().context("cannot open the log twice")?;
+        let errors = output.try_clone().context("cannot duplicate the handle of the log for the error output")?;
         let mut command = self.prepared(program, user)?;
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         Ok(command)

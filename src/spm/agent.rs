@@ -208,7 +208,7 @@ pub(super) fn discover(
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => vec![],
         Err(error) => {
-            tracing::error!(agent = %name, error = %error, "cannot list the releases of a sub-agent; the ledger is used unchanged");
+            tracing::error!(agent = %name, error = %error, "cannot list the releases of a sub-agent on disk; those of the saved ledger are used without a check");
             let ledger = entry.unwrap_or_default();
             return Discovery { releases: ledger.kept().cloned().collect(), ledger, restarts, ..Discovery::default() };
         }
