@@ -92,6 +92,16 @@ impl Package {
     }
 }
 
+/// The architecture of this machine, in the words of package names.
+pub fn arch() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "x86" => "386",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
 /// A typical script: a pid file beside it, output into its own file, `stoped` in that spelling.
 const CONTROL: &str = r#"#!/bin/sh
 cd "$(dirname "$0")" || exit 1

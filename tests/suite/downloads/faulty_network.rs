@@ -19,7 +19,7 @@ use crate::support::fault_proxy::{Fault, FaultProxy, Request, random};
 use crate::support::files::snapshot;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::wait::{try_for, wait_for};
 
 /// The size of each of the downloads in the first scenario.
@@ -31,15 +31,6 @@ const AT_ONCE: usize = 3;
 const ROUND: Duration = Duration::from_secs(180);
 /// The minimum delay after a rejected package: half of the first back-off.
 const HELD_BACK: Duration = Duration::from_millis(2500);
-
-fn arch() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "x86" => "386",
-        "aarch64" => "arm64",
-        other => other,
-    }
-}
 
 /// An incompressible archive that any release may be published from; and the SHA-256 of its content.
 fn archive(at: &Path, bytes: usize) -> (PathBuf, Vec<u8>) {

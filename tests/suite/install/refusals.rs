@@ -14,7 +14,7 @@ use crate::support::command::{self, LIMIT, Output};
 use crate::support::files::{Files, difference, snapshot};
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::processes::is_alive;
 use crate::support::wait::wait_for;
 
@@ -109,15 +109,6 @@ fn tamper(file: &Path) {
 
 fn package(gateway: &Gateway, release: &str) -> PathBuf {
     gateway.path("depot").join(format!("{release}_linux_{}.tar.zst", arch()))
-}
-
-fn arch() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "x86" => "386",
-        "aarch64" => "arm64",
-        other => other,
-    }
 }
 
 #[test]

@@ -47,7 +47,7 @@ use crate::support::files::{Files, difference, snapshot};
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost};
 use crate::support::hostile::Hostile;
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::processes::is_alive;
 use crate::support::wait::{try_for, wait_for};
 
@@ -165,15 +165,6 @@ impl Scene {
 
 fn native() -> Value {
     json!({"name": "native", "version": "1.0.0"})
-}
-
-fn arch() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "x86" => "386",
-        "aarch64" => "arm64",
-        other => other,
-    }
 }
 
 /// The name of the victim's package file.

@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use crate::support::aops;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::release::{self, NAME};
 use crate::support::wait::wait_for;
 use crate::upgrades::self_upgrades::wait_for_release;
@@ -214,10 +214,6 @@ impl EarlierHome {
     fn has_release(&self, version: &str) -> bool {
         self.host.home().join("agents/native").join(version).join(".complete").exists()
     }
-}
-
-fn arch() -> &'static str {
-    if cfg!(target_arch = "x86") { "386" } else { "amd64" }
 }
 
 /// Copies a tree with its links; texts in `exchanged` are replaced.
