@@ -150,6 +150,7 @@ pub async fn serve(
                 });
             }
             Err(error) => {
+                // Mostly the limit of open files, which accept would report again at once: give connections time to close.
                 tracing::warn!(error = %error, "cannot accept a connection to the control socket");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }

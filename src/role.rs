@@ -137,7 +137,7 @@ impl RoleHolder {
         Ok(killed)
     }
 
-    /// Kills the process. A process that reuses its pid is left alone.
+    /// Kills the process, but never a different process that reuses its pid.
     pub fn kill(&self) -> Result<()> {
         if self.is_alive() {
             platform::signal(self.pid, self.start_time, StopSignal::Kill)

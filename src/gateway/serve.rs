@@ -245,7 +245,7 @@ async fn accept(listener: TcpListener, mut context: ConnectionContext, shared: A
                 });
             }
             (Err(error), _) => {
-                // Mostly the limit of open files: wait until connections are closed.
+                // Mostly the limit of open files, which accept would report again at once: give connections time to close.
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }

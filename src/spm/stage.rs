@@ -210,7 +210,7 @@ fn stage(job: &StagingJob, fetch_limits: &FetchLimits, progress: &StagingProgres
 fn check_name(home: &Home, release: &Release) -> Result<(), String> {
     let Release { name, version, .. } = release;
     names::check(release).map_err(|why| format!("cannot install {name} {version}: {why}"))?;
-    // If the directory exists but is not listed under exactly this name, it is another release's.
+    // If the directory exists but is not listed under exactly this name, it belongs to a release whose name the file system treats as equal.
     if !home.release(name, version).exists() {
         return Ok(());
     }

@@ -235,7 +235,7 @@ impl Observer {
     ) -> Result<(), String> {
         for (role, other) in [("spm", "spa"), ("spa", "spm")] {
             if self.lock(role) != self.locks.get(role).copied() {
-                return Err(format!("the lock of {role} is another file than it was"));
+                return Err(format!("the lock of {role} was replaced by a different file"));
             }
             let mut bodies = seen.remove(role).unwrap_or_default();
             let holders: Vec<Body> = bodies.iter().copied().filter(|body| self.holds(*body, role)).collect();

@@ -76,7 +76,7 @@ fn the_list_is_sent_until_the_host_has_it_and_again_when_it_changes() {
     let fourth = answer(&hosts, held, &missing_package, NOW + 7);
     assert_eq!((fourth.agents.as_deref(), fourth.complete, fourth.generation), (Some(&[][..]), false, NOW + 7));
     assert!(fourth.error_message.unwrap().contains("no package"));
-    // The same generation of another lineage is another desired state.
+    // Equal generations of different lineages are different desired states.
     let other_lineage = answer(&hosts, heartbeat("1", Some(("theirs", NOW + 7))), &missing_package, NOW + 8);
     assert!(other_lineage.agents.is_some());
     assert_eq!(other_lineage.generation, NOW + 7);

@@ -129,7 +129,7 @@ impl Manager {
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
             tracing::warn!(
                 why,
-                "an endpoint further down the list answered, and is another gateway (its lineage differs); sub-agents missing in its list are kept until its list changes"
+                "a fallback endpoint answered with the desired state of a different gateway (its lineage differs); sub-agents missing in its list are kept until its list changes"
             );
         }
         self.orders.unwritten = 0;

@@ -287,7 +287,7 @@ fn impossible_installations_fail_before_anything_is_stopped() {
     };
     refused(&["cannot set /srv/old/", "lower layer of an overlay", "cp -a"]);
     done(&container, "cd /srv/old; for d in bin etc var; do cp -a $d $d.new; rm -r $d; mv $d.new $d; done");
-    // The copy of its program is another file than the running one; its own script stops it.
+    // The copy of its program is a different file from the running one; its own script stops it.
     let closed = "mount --bind /etc/systemd/system /etc/systemd/system && mount -o remount,bind,ro /etc/systemd/system";
     done(&container, closed);
     refused(&["cannot register with systemd", "/etc/systemd/system is not writable", "--service none"]);

@@ -218,7 +218,7 @@ fn without_code_spans(line: &str) -> String {
     parts.iter().enumerate().map(|(at, part)| if at % 2 == 0 { (*part).to_owned() } else { "`".to_owned() }).collect()
 }
 
-/// The words of all identifiers: `answer_knock` and `AnswerKnock` are `answer` and `knock`.
+/// Splits all identifiers into words: `answer_knock` and `AnswerKnock` give `answer` and `knock`.
 fn name_words(code: &str) -> Vec<Word> {
     let mut found = Vec::new();
     for (at, text) in code.lines().enumerate() {
