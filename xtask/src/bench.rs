@@ -54,7 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// Builds the release with these features, and copies the executable to `name`.
-fn build(features: &[&str], name: &str) -> Result<PathBuf> {
+pub(crate) fn build(features: &[&str], name: &str) -> Result<PathBuf> {
     command::run(
         cargo().current_dir(workspace::root()).args(["build", "--locked", "--release", "-p", "aops"]).args(features),
     )?;

@@ -12,6 +12,7 @@ mod dist;
 mod fleet;
 mod fuzz;
 mod rootfs;
+mod stranded;
 mod test;
 mod test_windows;
 mod tidy;
@@ -63,6 +64,8 @@ enum Task {
     Fuzz(fuzz::Arguments),
     /// Measure size, memory, latency and throughput of a release build
     Bench(bench::Arguments),
+    /// Kill upgrades at each of their steps, and check that no host is stranded
+    Stranded(stranded::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Task::Dist(arguments) => dist::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Stranded(arguments) => stranded::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

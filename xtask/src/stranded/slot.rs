@@ -1,0 +1,292 @@
+//! A home whose upgrades are killed, with a gateway of its own.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::Change;
+use super::step::{Naming, Step};
+use super::tracer::{Target, Watch};
+use crate::command::read;
+use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
+use crate::package::Package;
+use crate::wait::try_for;
+
+/// For an upgrade under the tracer, and for a recovery, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// The releases of the manager, and of the sub-agent that is upgraded. A host keeps two, so each of three must be fetched again in its turn.
+const MANAGERS: [&str; 3] = ["0.1.0", "0.1.1", "0.1.2"];
+const RELEASES: [&str; 3] = ["7.1.0", "7.1.1", "7.1.2"];
+/// The sub-agent that is upgraded, and one that must not notice.
+const CHANGED: &str = "changed";
+const BYSTANDER: &str = "bystander";
+
+/// Where a run ended before the second try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Old,
+    New,
+    /// The step did not come.
+    Missed,
+}
+
+pub(super) struct Slot {
+    fleet: Fleet,
+    watch: Watch,
+    change: Change,
+    /// Which releases are ordered.
+    manager: usize,
+    release: usize,
+    /// Files that a home without an upgrade has, once it has seen one each way.
+    usual: BTreeSet<String>,
+    /// Those beyond it after the last run.
+    left_over: BTreeSet<String>,
+    bystander: Option<u32>,
+}
+
+impl Slot {
+    /// A host that runs the first releases, traced, and has seen an upgrade to each release.
+    pub(super) fn new(executable: &Path, change: Change) -> Result<Slot> {
+        let fleet = Fleet::new(executable)?;
+        quietly(&mut fleet.gateway("init"))?;
+        let mut packages = vec![Package::sleeper(BYSTANDER, "1")];
+        packages.extend(RELEASES.map(|version| Package::sleeper(CHANGED, version)));
+        for version in MANAGERS {
+            packages.push(next_manager(executable, version)?);
+        }
+        for package in &packages {
+            quietly(fleet.gateway("publish").args(package.arguments()))?;
+        }
+        let watch = Watch::new(&fleet.home(), Naming::default());
+        let mut slot = Slot {
+            fleet,
+            watch,
+            change,
+            manager: 0,
+            release: 0,
+            usual: BTreeSet::new(),
+            left_over: BTreeSet::new(),
+            bystander: None,
+        };
+        slot.order()?;
+        slot.fleet.start_gateway()?;
+        ensure!(slot.install(executable, MANAGERS[0])? == 0, "cannot install\n{}", slot.logs());
+        let settings = slot.fleet.home().join("etc/conf.toml");
+        let text = std::fs::read_to_string(&settings).context("cannot read the settings")?;
+        std::fs::write(&settings, text + "\nupgradeTrial = \"5s\"\n").context("cannot write the settings")?;
+        let status = slot.settled("the host to run")?;
+        slot.bystander = agent(&status, BYSTANDER).and_then(|agent| pid(&agent["pid"]));
+        for _ in MANAGERS {
+            slot.watch.arm(slot.naming(), None);
+            slot.begin()?;
+            slot.reached()?;
+            slot.watch.disarm();
+        }
+        slot.usual = slot.files()?;
+        Ok(slot)
+    }
+
+    pub(super) fn logs(&self) -> String {
+        self.fleet.logs()
+    }
+
+    /// One upgrade that nothing disturbs: its steps.
+    pub(super) fn reference(&mut self) -> Result<Vec<Step>> {
+        self.watch.arm(self.naming(), None);
+        self.begin()?;
+        self.reached()?;
+        self.watch.check()?;
+        Ok(self.watch.disarm())
+    }
+
+    /// One upgrade, a process killed at the target, and all that must hold after it.
+    pub(super) fn kill_at(&mut self, target: &Target) -> Result<Outcome> {
+        self.watch.arm(self.naming(), Some(target.clone()));
+        let exit = self.begin()?;
+        let killed = try_for(PATIENCE, || {
+            self.watch.killed().map(Some).or_else(|| self.has_reached().ok().filter(|reached| *reached).map(|_| None))
+        });
+        self.watch.check()?;
+        match killed {
+            None => bail!("neither the step nor the end of the upgrade came"),
+            Some(None) => {
+                self.watch.disarm();
+                self.no_left_over()?;
+                return Ok(Outcome::Missed);
+            }
+            Some(Some(_)) => (),
+        }
+        if target.together {
+            try_for(PATIENCE, || (self.watch.live() == 0).then_some(())).context("killed processes do not end")?;
+            self.start()?;
+        }
+        self.watch.disarm();
+        let interrupted = self.change == Change::Install && exit != 0;
+        let status = self.settled("the host to run again")?;
+        let outcome = if self.is_target(&status) { Outcome::New } else { Outcome::Old };
+        if outcome == Outcome::Old || interrupted {
+            self.try_again(&status)?;
+        }
+        self.reached()?;
+        self.no_left_over()?;
+        Ok(outcome)
+    }
+
+    /// The release before and after the change that is next.
+    fn naming(&self) -> Naming {
+        let (versions, now) = match self.change {
+            Change::SubAgent => (RELEASES, self.release),
+            Change::Manager | Change::Install => (MANAGERS, self.manager),
+        };
+        Naming { from: versions[now].to_owned(), to: versions[next(now)].to_owned() }
+    }
+
+    /// Orders the other release; of an installation, its exit code.
+    fn begin(&mut self) -> Result<i32> {
+        match self.change {
+            Change::SubAgent => self.release = next(self.release),
+            Change::Manager | Change::Install => self.manager = next(self.manager),
+        }
+        if self.change == Change::Install {
+            return self.install_ordered();
+        }
+        self.order().map(|()| 0)
+    }
+
+    fn order(&self) -> Result<()> {
+        let manager = if self.change == Change::Manager {
+            format!("manager.version = {:?}\n", MANAGERS[self.manager])
+        } else {
+            String::new()
+        };
+        self.fleet.write_fleet(&format!(
+            "heartbeatInterval = \"1s\"\nremovalDelay = \"0s\"\n{manager}[agents.{BYSTANDER}]\nversion = \"1\"\n[agents.{CHANGED}]\nversion = {:?}\n",
+            RELEASES[self.release]
+        ))
+    }
+
+    fn install_ordered(&self) -> Result<i32> {
+        let installer = self.fleet.home().join("bin/aops");
+        let installer = if installer.is_file() { installer } else { self.fleet.home().join("bin/aops.prev") };
+        self.install(&installer, MANAGERS[self.manager])
+    }
+
+    /// `aops install` under the tracer; its exit code.
+    fn install(&self, executable: &Path, version: &str) -> Result<i32> {
+        let mut words = words(&self.fleet.install(executable));
+        words.extend(["--version".to_owned(), version.to_owned()]);
+        self.watch.run(&words, &[])
+    }
+
+    /// Starts both roles, as a boot does.
+    fn start(&self) -> Result<()> {
+        let control = self.fleet.control(&["start"]);
+        let home = self.fleet.home().display().to_string();
+        self.watch.run(&words(&control), &[("AOPS_HOME".to_owned(), home)]).map(drop)
+    }
+
+    fn try_again(&mut self, status: &Value) -> Result<()> {
+        match self.change {
+            Change::Install => {
+                let code = self.install_ordered()?;
+                ensure!(code == 0, "the second installation failed with exit code {code}");
+            }
+            Change::Manager | Change::SubAgent => {
+                let name = if self.change == Change::Manager { "aops-spm" } else { CHANGED };
+                let is_skipped = match self.change {
+                    Change::Manager => !status["skipped"].is_null(),
+                    _ => agent(status, CHANGED).is_some_and(|agent| !agent["skipped"].is_null()),
+                };
+                if is_skipped {
+                    read(&mut self.fleet.control(&["retry", name]))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the host runs one release or the other, with both roles and every sub-agent, and has reported it.
+    fn settled(&self, what: &str) -> Result<Value> {
+        let status = self.fleet.wait_for_within(PATIENCE, what, is_settled)?;
+        if let Some(bystander) = self.bystander {
+            let now = agent(&status, BYSTANDER).and_then(|agent| pid(&agent["pid"]));
+            ensure!(now == Some(bystander), "{BYSTANDER} has the process {now:?} instead of {bystander}");
+        }
+        Ok(status)
+    }
+
+    fn is_target(&self, status: &Value) -> bool {
+        let release = agent(status, CHANGED).is_some_and(|agent| agent["version"] == RELEASES[self.release]);
+        match self.change {
+            Change::SubAgent => release,
+            Change::Manager | Change::Install => release && status["version"] == MANAGERS[self.manager],
+        }
+    }
+
+    fn has_reached(&self) -> Result<bool> {
+        let status = self.fleet.status()?;
+        Ok(is_settled(&status) && self.is_target(&status))
+    }
+
+    fn reached(&self) -> Result<()> {
+        let status = self
+            .fleet
+            .wait_for_within(PATIENCE, "the ordered release", |status| is_settled(status) && self.is_target(status))?;
+        let now = agent(&status, BYSTANDER).and_then(|agent| pid(&agent["pid"]));
+        ensure!(self.bystander.is_none() || now == self.bystander, "{BYSTANDER} was restarted");
+        Ok(())
+    }
+
+    /// What a killed run left must be gone after the next one.
+    fn no_left_over(&mut self) -> Result<()> {
+        let now: BTreeSet<String> = self.files()?.difference(&self.usual).cloned().collect();
+        let stays: Vec<_> = now.intersection(&self.left_over).cloned().collect();
+        ensure!(stays.is_empty(), "left over after a second run: {}", stays.join(", "));
+        self.left_over = now;
+        Ok(())
+    }
+
+    /// Every file of the home but sub-agents' own, by its name.
+    fn files(&self) -> Result<BTreeSet<String>> {
+        let home = self.fleet.home();
+        let mut found = BTreeSet::new();
+        let mut directories = vec![home.clone()];
+        while let Some(directory) = directories.pop() {
+            for entry in
+                std::fs::read_dir(&directory).with_context(|| format!("cannot list {}", directory.display()))?
+            {
+                let Ok(entry) = entry else { continue };
+                let path = entry.path();
+                found.insert(path.strip_prefix(&home).unwrap_or(&path).display().to_string());
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    directories.push(path);
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn next(release: usize) -> usize {
+    (release + 1) % MANAGERS.len()
+}
+
+fn is_settled(status: &Value) -> bool {
+    let agents = status["agents"].as_array().map(Vec::as_slice).unwrap_or_default();
+    matches!(status["state"].as_str(), Some("running" | "degraded"))
+        && status["upgrade"].is_null()
+        && pid(&status["spm"]["pid"]).is_some()
+        && pid(&status["spa"]["pid"]).is_some()
+        && agents.len() == 2
+        && agents.iter().all(|agent| agent["state"] == "running" && agent["upgrade"].is_null())
+        && status["gateway"]["connected"] == true
+}
+
+fn words(command: &std::process::Command) -> Vec<String> {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy().into_owned()).collect()
+}
