@@ -8,6 +8,7 @@
 //! executable    bin/aops and the links to it                  the executable that each role runs
 //! release       an unpacked package of the manager            checks that it can be installed
 //! upgrade       state/upgrade.json, bin/aops.prev             the upgrade of the manager that is under way
+//! temporaries   .new-*                                        what killed processes left
 //! permissions                                                 checks that only the owner can change the home
 //! ```
 //!
@@ -20,6 +21,7 @@ pub mod keyring;
 pub mod permissions;
 mod records;
 pub mod release;
+pub mod temporaries;
 mod trust;
 pub mod upgrade;
 

@@ -119,6 +119,16 @@ pub const CHECK: &str = "AOPS_AGENT_CHECK";
 /// Prefix of a temporary file that is about to be renamed to its final name.
 pub const TEMPORARY_PREFIX: &str = ".new-";
 
+/// Prefix of the temporary files of this process. It names the process, so that what a killed process left can be recognized.
+pub fn temporary_prefix() -> String {
+    format!("{TEMPORARY_PREFIX}{}-", std::process::id())
+}
+
+/// The process that created a temporary file, by the file's name.
+pub fn temporary_owner(name: &str) -> Option<u32> {
+    name.strip_prefix(TEMPORARY_PREFIX)?.split_once('-')?.0.parse().ok()
+}
+
 /// The operating system that this executable is for.
 pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };
 /// The architecture that this executable is for.

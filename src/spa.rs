@@ -28,7 +28,7 @@ use crate::core::watch::memory::{self, MemoryCheck};
 use crate::core::watch::restarter::{Loss, Restarter, RestarterAction, RestarterPolicy, RoleObservation};
 use crate::core::watch::silence::{PING, PingAction, Pings};
 use crate::home::Home;
-use crate::installation::{keyring, permissions};
+use crate::installation::{keyring, permissions, temporaries};
 use crate::platform::{self, LocalConnection};
 use crate::role::{self, RoleHolder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
@@ -77,6 +77,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     }
     let _lock = acquire_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
+    temporaries::sweep(home);
     let now = Instant::now();
     let mut trial = TrialMonitor::new(home, !supervised, options.renewed, now);
     // Before anything can detect this watchdog: a bad release may kill every watchdog that it finds.

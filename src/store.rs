@@ -77,7 +77,7 @@ fn replace_as(
 ) -> Result<()> {
     let attempt = || -> Result<()> {
         let parent = path.parent().context("it has no parent directory")?;
-        let mut file = tempfile::Builder::new().prefix(platform::TEMPORARY_PREFIX).tempfile_in(parent)?;
+        let mut file = tempfile::Builder::new().prefix(&platform::temporary_prefix()).tempfile_in(parent)?;
         write(file.as_file_mut())?;
         set_access(file.path())?;
         if durability == Durability::Synced {

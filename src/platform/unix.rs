@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::TEMPORARY_PREFIX;
+use super::temporary_prefix;
 use crate::core::service_manager::Notification;
 
 mod access;
@@ -122,7 +122,7 @@ pub fn lock_holder(path: &Path) -> Option<u32> {
 
 /// Makes `link` point to `target` (relative or absolute, written as given). Replaces an existing link atomically.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
-    let temporary = link.with_file_name(format!("{TEMPORARY_PREFIX}{}-{}", std::process::id(), fastrand::u64(..)));
+    let temporary = link.with_file_name(format!("{}{}", temporary_prefix(), fastrand::u64(..)));
     std::os::unix::fs::symlink(target, &temporary)?;
     fs::rename(&temporary, link).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);

@@ -127,7 +127,7 @@ pub fn lock_holder(_path: &Path) -> Option<u32> {
 /// Makes `link` a copy of `target`, replacing an existing file: links need a privilege on Windows.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     let source = link.parent().unwrap_or(Path::new("")).join(target);
-    let temporary = link.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));
+    let temporary = link.with_file_name(format!("{}{}", super::temporary_prefix(), fastrand::u64(..)));
     fs::hard_link(&source, &temporary).or_else(|_| fs::copy(&source, &temporary).map(drop))?;
     fs::rename(&temporary, link).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
@@ -319,7 +319,7 @@ pub fn notify(_notice: Notification) {}
 
 /// Replaces a small file atomically.
 fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = path.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));
+    let temporary = path.with_file_name(format!("{}{}", super::temporary_prefix(), fastrand::u64(..)));
     fs::write(&temporary, content)?;
     fs::rename(&temporary, path).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);

@@ -46,6 +46,7 @@ impl InstallRoot {
             bail!("another installation is in progress in {}; wait until it has finished", home.root().display());
         }
         install_root.sweep()?;
+        installation::temporaries::sweep(home);
         install_root.create_directory(&install_root.work(), 0o700)?;
         check_permissions(home)?;
         Ok(install_root)

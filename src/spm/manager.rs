@@ -41,7 +41,7 @@ use crate::core::service_manager::{Notification, ServiceManagerKind};
 use crate::core::upgrade::NewEndpoint;
 use crate::home::Home;
 use crate::installation::upgrade::Programs;
-use crate::installation::{self, permissions};
+use crate::installation::{self, permissions, temporaries};
 use crate::package::{self, PackagePaths};
 use crate::platform::{self, Groups, LocalListener, Termination};
 use crate::process;
@@ -195,6 +195,7 @@ impl Manager {
         for problem in problems.values() {
             journal.note("config", "failed", EventSubject::default(), problem.as_str());
         }
+        temporaries::sweep(home);
         // An unsafe home may contain symbolic links to files of other users.
         if permissions::home(home).is_ok()
             && let Err(error) = package::sweep(&PackagePaths::of(home))
