@@ -10,8 +10,8 @@
 //!
 //! The enumeration is complete because the tracer sees each system call of each process before the kernel carries it out, and every call is
 //! either in the list of steps or in the list of those that change nothing (`syscalls`); one in neither fails the task. Between two steps
-//! nothing changes but memory, so a death there is a death before the next step. A write to an unfinished download or unpacked file is one
-//! step however many calls it takes: only its first two count.
+//! nothing changes but memory, so a death there is a death before the next step. Of the writes to an
+//! unfinished download or unpacked file only the first two count, and of the polls of a lock file.
 //!
 //! Each slot is a home with a gateway of its own. Its upgrades go round three releases, so that each is fetched again and every run is also the next one's beginning.
 #![allow(clippy::print_stdout, reason = "the report is its output")]

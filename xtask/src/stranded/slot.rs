@@ -18,6 +18,9 @@ use crate::wait::try_for;
 /// For an upgrade under the tracer, and for a recovery, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(240);
 
+/// For the removal of what an upgrade no longer needs.
+const SWEPT: Duration = Duration::from_secs(60);
+
 /// The releases of the manager, and of the sub-agent that is upgraded. A host keeps two, so each of three must be fetched again in its turn.
 const MANAGERS: [&str; 3] = ["0.1.0", "0.1.1", "0.1.2"];
 const RELEASES: [&str; 3] = ["7.1.0", "7.1.1", "7.1.2"];
@@ -41,7 +44,7 @@ pub(super) struct Slot {
     /// Which releases are ordered.
     manager: usize,
     release: usize,
-    /// Files that a home without an upgrade has, once it has seen one each way.
+    /// Files that a home has before and after an upgrade that nothing disturbs.
     usual: BTreeSet<String>,
     /// Those beyond it after the last run.
     left_over: BTreeSet<String>,
@@ -49,7 +52,7 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// A host that runs the first releases, traced, and has seen an upgrade to each release.
+    /// A host that runs the first releases, traced, and has seen an upgrade.
     pub(super) fn new(executable: &Path, change: Change) -> Result<Slot> {
         let fleet = Fleet::new(executable)?;
         quietly(&mut fleet.gateway("init"))?;
@@ -80,13 +83,8 @@ impl Slot {
         std::fs::write(&settings, text + "\nupgradeTrial = \"5s\"\n").context("cannot write the settings")?;
         let status = slot.settled("the host to run")?;
         slot.bystander = agent(&status, BYSTANDER).and_then(|agent| pid(&agent["pid"]));
-        for _ in MANAGERS {
-            slot.watch.arm(slot.naming(), None);
-            slot.begin()?;
-            slot.reached()?;
-            slot.watch.disarm();
-        }
         slot.usual = slot.files()?;
+        slot.reference()?;
         Ok(slot)
     }
 
@@ -99,8 +97,12 @@ impl Slot {
         self.watch.arm(self.naming(), None);
         self.begin()?;
         self.reached()?;
+        let quiet = || (self.watch.is_quiet() && !self.has_a_third_release()).then_some(());
+        try_for(PATIENCE, quiet).context("the host does not come to rest after an upgrade")?;
         self.watch.check()?;
-        Ok(self.watch.disarm())
+        let steps = self.watch.disarm();
+        self.usual.extend(self.files()?);
+        Ok(steps)
     }
 
     /// One upgrade, a process killed at the target, and all that must hold after it.
@@ -108,7 +110,8 @@ impl Slot {
         self.watch.arm(self.naming(), Some(target.clone()));
         let exit = self.begin()?;
         let killed = try_for(PATIENCE, || {
-            self.watch.killed().map(Some).or_else(|| self.has_reached().ok().filter(|reached| *reached).map(|_| None))
+            let is_over = || self.has_reached().is_ok_and(|reached| reached) && self.watch.is_quiet();
+            self.watch.killed().map(Some).or_else(|| is_over().then_some(None))
         });
         self.watch.check()?;
         match killed {
@@ -142,7 +145,8 @@ impl Slot {
             Change::SubAgent => (RELEASES, self.release),
             Change::Manager | Change::Install => (MANAGERS, self.manager),
         };
-        Naming { from: versions[now].to_owned(), to: versions[next(now)].to_owned() }
+        let [from, to, older] = [now, next(now), next(next(now))].map(|index| versions[index].to_owned());
+        Naming { from, to, older }
     }
 
     /// Orders the other release; of an installation, its exit code.
@@ -243,25 +247,44 @@ impl Slot {
 
     /// What a killed run left must be gone after the next one.
     fn no_left_over(&mut self) -> Result<()> {
-        let now: BTreeSet<String> = self.files()?.difference(&self.usual).cloned().collect();
-        let stays: Vec<_> = now.intersection(&self.left_over).cloned().collect();
-        ensure!(stays.is_empty(), "left over after a second run: {}", stays.join(", "));
-        self.left_over = now;
+        let beyond = || -> Result<BTreeSet<String>> { Ok(self.files()?.difference(&self.usual).cloned().collect()) };
+        // The host removes old releases after it has reported the new one.
+        let is_swept = || beyond().is_ok_and(|now| now.is_disjoint(&self.left_over));
+        if try_for(SWEPT, || is_swept().then_some(())).is_none() {
+            let stays: Vec<_> = beyond()?.intersection(&self.left_over).cloned().collect();
+            bail!("left over after a second run: {}", stays.join(", "));
+        }
+        self.left_over = beyond()?;
         Ok(())
     }
 
-    /// Every file of the home but sub-agents' own, by its name.
+    /// The releases of the changed sub-agent in the home.
+    fn kept(&self) -> Vec<&'static str> {
+        let releases = self.fleet.home().join("agents").join(CHANGED);
+        RELEASES.into_iter().filter(|version| releases.join(version).is_dir()).collect()
+    }
+
+    /// Whether the host has not removed yet what it no longer needs.
+    fn has_a_third_release(&self) -> bool {
+        self.kept().len() > 2
+    }
+
+    /// Every file of the home by its name. Which two of the three releases a host keeps differs from run to run, so they are numbered.
     fn files(&self) -> Result<BTreeSet<String>> {
         let home = self.fleet.home();
         let mut found = BTreeSet::new();
+        let kept = self.kept();
         let mut directories = vec![home.clone()];
         while let Some(directory) = directories.pop() {
-            for entry in
-                std::fs::read_dir(&directory).with_context(|| format!("cannot list {}", directory.display()))?
-            {
+            let entries = match std::fs::read_dir(&directory) {
+                // Removed since its parent was listed.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                entries => entries.with_context(|| format!("cannot list {}", directory.display()))?,
+            };
+            for entry in entries {
                 let Ok(entry) = entry else { continue };
                 let path = entry.path();
-                found.insert(path.strip_prefix(&home).unwrap_or(&path).display().to_string());
+                found.insert(numbered(&path.strip_prefix(&home).unwrap_or(&path).display().to_string(), &kept));
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     directories.push(path);
                 }
@@ -269,6 +292,14 @@ impl Slot {
         }
         Ok(found)
     }
+}
+
+/// The name of a file, with its release of the changed sub-agent as a number among those that are kept.
+fn numbered(name: &str, kept: &[&str]) -> String {
+    let name = MANAGERS.iter().fold(name.to_owned(), |name, version| name.replace(version, "VERSION"));
+    let number =
+        |version: &str| kept.iter().position(|kept| *kept == version).map_or("?".to_owned(), |at| at.to_string());
+    RELEASES.iter().fold(name, |name, version| name.replace(version, &format!("RELEASE-{}", number(version))))
 }
 
 fn next(release: usize) -> usize {

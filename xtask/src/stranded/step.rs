@@ -3,6 +3,9 @@
 use std::fmt;
 use std::path::Path;
 
+/// The directories of unfinished downloads and packages.
+const UNFINISHED: [&str; 4] = ["cache/", "staging/", ".install/cache/", ".install/staging/"];
+
 /// One step of a run.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Step {
@@ -17,6 +20,15 @@ impl Step {
     pub(super) fn numbered(self, number: u32) -> Step {
         Step { number, ..self }
     }
+
+    /// Whether it only repeats what two steps before it did: nothing reads a half-written download or unpacked file, and a lock file that
+    /// exists is opened each time the lock is taken.
+    pub(super) fn is_repetition(&self) -> bool {
+        let is_in = |directory: &&str| self.subject.starts_with(*directory);
+        let fills = self.call.contains("write") && UNFINISHED.iter().any(is_in);
+        let locks = self.call.starts_with("open") && is_in(&"run/") && self.subject.ends_with(".lock");
+        self.number > 2 && (fills || locks)
+    }
 }
 
 impl fmt::Display for Step {
@@ -25,11 +37,12 @@ impl fmt::Display for Step {
     }
 }
 
-/// The versions of one run: where from and where to.
+/// The versions of one run: where from, where to, and the one before.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Naming {
     pub(super) from: String,
     pub(super) to: String,
+    pub(super) older: String,
 }
 
 impl Naming {
@@ -52,7 +65,7 @@ impl Naming {
 
     fn plain(&self, text: &str) -> String {
         let mut text = text.to_owned();
-        for (version, word) in [(&self.to, "NEW"), (&self.from, "OLD")] {
+        for (version, word) in [(&self.to, "NEW"), (&self.from, "OLD"), (&self.older, "OLDER")] {
             if !version.is_empty() {
                 text = text.replace(version.as_str(), word);
             }
@@ -63,6 +76,9 @@ impl Naming {
 
 /// A path's part, with what differs from run to run as `*`.
 fn temporary(part: &str) -> String {
+    if part.starts_with(".new-") {
+        return ".new-*".to_owned();
+    }
     let words = part.split_inclusive(['.', '-', '_']);
     words
         .map(|word| {

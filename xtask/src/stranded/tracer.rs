@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
@@ -29,6 +30,9 @@ const ENTRY: u8 = 1;
 /// The event of a stop that a seized process makes of its own (PTRACE_EVENT_STOP).
 const EVENT_STOP: i32 = 128;
 
+/// Longer than the interval of heartbeats, whose answers make the host act.
+const QUIET: Duration = Duration::from_secs(2);
+
 /// What the tracers of one home share.
 #[derive(Clone)]
 pub(super) struct Watch {
@@ -44,6 +48,8 @@ struct State {
     /// The steps since the watch was armed, in their order.
     steps: Vec<Step>,
     counts: BTreeMap<Step, u32>,
+    /// When the last step came.
+    last: Instant,
     killed: Option<Step>,
     /// The traced processes.
     live: BTreeSet<i32>,
@@ -68,6 +74,7 @@ impl Watch {
             target: None,
             steps: Vec::new(),
             counts: BTreeMap::new(),
+            last: Instant::now(),
             killed: None,
             live: BTreeSet::new(),
             unknown: BTreeSet::new(),
@@ -87,6 +94,7 @@ impl Watch {
         state.target = target;
         state.steps.clear();
         state.counts.clear();
+        state.last = Instant::now();
         state.killed = None;
     }
 
@@ -101,6 +109,11 @@ impl Watch {
     /// The step before which a process was killed.
     pub(super) fn killed(&self) -> Option<Step> {
         self.state().killed.clone()
+    }
+
+    /// Whether no step came for a while: an upgrade ends with steps that no status shows.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.state().last.elapsed() > QUIET
     }
 
     pub(super) fn live(&self) -> usize {
@@ -280,7 +293,11 @@ impl Tracer {
         let count = state.counts.entry(step.clone()).or_default();
         *count += 1;
         let step = step.numbered(*count);
+        if step.is_repetition() {
+            return;
+        }
         state.steps.push(step.clone());
+        state.last = Instant::now();
         let Some(target) = state.target.clone().filter(|target| target.step == step) else { return };
         state.target = None;
         let victims: Vec<i32> =
