@@ -15,7 +15,12 @@ pub fn wait_for<T>(what: &str, deadline: Duration, attempt: impl FnMut() -> Opti
 }
 
 /// As [`wait_for`]; `None` after `deadline`.
-pub fn try_for<T>(deadline: Duration, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
+pub fn try_for<T>(deadline: Duration, attempt: impl FnMut() -> Option<T>) -> Option<T> {
+    try_every(PAUSE, deadline, attempt)
+}
+
+/// As [`try_for`], with another interval between two attempts.
+pub fn try_every<T>(interval: Duration, deadline: Duration, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
     let started = Instant::now();
     loop {
         if let Some(found) = attempt() {
@@ -25,6 +30,6 @@ pub fn try_for<T>(deadline: Duration, mut attempt: impl FnMut() -> Option<T>) ->
             return None;
         }
         // No thread unparks this one; an early wake-up does no harm.
-        std::thread::park_timeout(PAUSE);
+        std::thread::park_timeout(interval);
     }
 }

@@ -113,9 +113,11 @@ impl Check {
 
 /// The parts of the output that are repeated at the end.
 #[derive(Default)]
-struct Seen {
+pub(crate) struct Seen {
     /// The first and last lines of test programs.
     tested: Vec<String>,
+    /// The last lines.
+    last: VecDeque<String>,
     /// The places and messages of failed tests.
     panics: Vec<String>,
     /// The number of lines of the last panic message that are still kept.
@@ -126,6 +128,11 @@ impl Seen {
     fn line(&mut self, line: &str) {
         const MESSAGE_LINES: usize = 12;
         const LINE: usize = 400;
+        const LAST: usize = 12;
+        self.last.push_back(line.chars().take(LINE).collect());
+        if self.last.len() > LAST {
+            self.last.pop_front();
+        }
         if line.trim_start().starts_with("Running ") || line.starts_with("test result") {
             self.tested.push(line.to_owned());
         }
@@ -139,6 +146,12 @@ impl Seen {
             self.message -= 1;
             self.panics.push(line.chars().take(LINE).collect());
         }
+    }
+
+    /// What a report says of a command: the messages of failed tests, and its last lines.
+    pub(crate) fn summary(&self) -> String {
+        let lines = self.panics.iter().chain(&self.last);
+        lines.map(|line| format!("  {line}\n")).collect()
     }
 }
 
@@ -196,7 +209,7 @@ fn all(checks: &[Check], set_up: (&str, Command), seen: &mut Seen) -> Result<()>
 }
 
 /// Runs a check and prints its output as it comes; keeps the summary lines of tests.
-fn in_foreground(name: &str, command: &mut Command, seen: &mut Seen) -> Result<()> {
+pub(crate) fn in_foreground(name: &str, command: &mut Command, seen: &mut Seen) -> Result<()> {
     let started = Instant::now();
     println!("\n==> {name}\n$ {}", describe(command));
     let status = shown(command.current_dir(workspace::root()), seen)?;
@@ -273,7 +286,7 @@ fn verdict(name: &str, status: ExitStatus, started: Instant) -> Result<()> {
 }
 
 /// A command that runs one of xtask's tasks with the current executable.
-fn task(words: &[&str]) -> Command {
+pub(crate) fn task(words: &[&str]) -> Command {
     let own = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
     let mut command = Command::new(own);
     command.args(words);

@@ -119,18 +119,8 @@ impl Fleet {
 
     /// Waits until `wanted` accepts the status, and returns it.
     pub(crate) fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.wait_for_within(SOON, what, wanted)
-    }
-
-    /// As [`Fleet::wait_for`], with another deadline.
-    pub(crate) fn wait_for_within(
-        &self,
-        deadline: Duration,
-        what: &str,
-        wanted: impl Fn(&Value) -> bool,
-    ) -> Result<Value> {
         let mut last = None;
-        let found = try_for(deadline, || {
+        let found = try_for(SOON, || {
             let status = self.status();
             let is_wanted = status.as_ref().is_ok_and(&wanted);
             last = Some(status);
@@ -139,9 +129,9 @@ impl Fleet {
         match (found, last) {
             (Some(()), Some(status)) => status,
             (_, Some(Ok(status))) => {
-                bail!("timed out after {deadline:?} waiting for {what}; the last status: {status:#}")
+                bail!("timed out after {SOON:?} waiting for {what}; the last status: {status:#}")
             }
-            (_, Some(Err(error))) => Err(error.context(format!("timed out after {deadline:?} waiting for {what}"))),
+            (_, Some(Err(error))) => Err(error.context(format!("timed out after {SOON:?} waiting for {what}"))),
             (_, None) => bail!("timed out waiting for {what}"),
         }
     }

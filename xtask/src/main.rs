@@ -10,6 +10,7 @@ mod demo;
 mod deny;
 mod dist;
 mod fleet;
+mod full;
 mod fuzz;
 mod rootfs;
 mod stranded;
@@ -64,6 +65,8 @@ enum Task {
     Fuzz(fuzz::Arguments),
     /// Measure size, memory, latency and throughput of a release build
     Bench(bench::Arguments),
+    /// Run everything that CI samples, whole, and print a report; takes hours
+    Full(full::Arguments),
     /// Kill upgrades at each of their steps, and check that no host is stranded
     Stranded(stranded::Arguments),
 }
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
         Task::Dist(arguments) => dist::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Full(arguments) => full::run(&arguments),
         Task::Stranded(arguments) => stranded::run(&arguments),
     };
     match outcome {

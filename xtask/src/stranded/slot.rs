@@ -13,10 +13,13 @@ use super::tracer::{Target, Watch};
 use crate::command::read;
 use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
 use crate::package::Package;
-use crate::wait::try_for;
+use crate::wait::try_every;
 
 /// For an upgrade under the tracer, and for a recovery, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(240);
+
+/// The poll interval of a status: each costs the traced manager hundreds of stops.
+const POLL: Duration = Duration::from_millis(300);
 
 /// For the removal of what an upgrade no longer needs.
 const SWEPT: Duration = Duration::from_secs(60);
@@ -98,7 +101,7 @@ impl Slot {
         self.begin()?;
         self.reached()?;
         let quiet = || (self.watch.is_quiet() && !self.has_a_third_release()).then_some(());
-        try_for(PATIENCE, quiet).context("the host does not come to rest after an upgrade")?;
+        try_every(POLL, PATIENCE, quiet).context("the host does not come to rest after an upgrade")?;
         self.watch.check()?;
         let steps = self.watch.disarm();
         self.usual.extend(self.files()?);
@@ -109,7 +112,7 @@ impl Slot {
     pub(super) fn kill_at(&mut self, target: &Target) -> Result<Outcome> {
         self.watch.arm(self.naming(), Some(target.clone()));
         let exit = self.begin()?;
-        let killed = try_for(PATIENCE, || {
+        let killed = try_every(POLL, PATIENCE, || {
             let is_over = || self.has_reached().is_ok_and(|reached| reached) && self.watch.is_quiet();
             self.watch.killed().map(Some).or_else(|| is_over().then_some(None))
         });
@@ -124,7 +127,8 @@ impl Slot {
             Some(Some(_)) => (),
         }
         if target.together {
-            try_for(PATIENCE, || (self.watch.live() == 0).then_some(())).context("killed processes do not end")?;
+            try_every(POLL, PATIENCE, || (self.watch.live() == 0).then_some(()))
+                .context("killed processes do not end")?;
             self.start()?;
         }
         self.watch.disarm();
@@ -201,11 +205,9 @@ impl Slot {
             }
             Change::Manager | Change::SubAgent => {
                 let name = if self.change == Change::Manager { "aops-spm" } else { CHANGED };
-                let is_skipped = match self.change {
-                    Change::Manager => !status["skipped"].is_null(),
-                    _ => agent(status, CHANGED).is_some_and(|agent| !agent["skipped"].is_null()),
-                };
-                if is_skipped {
+                let problems = status["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
+                let advice = format!("control retry {name}");
+                if problems.iter().any(|problem| problem.as_str().is_some_and(|text| text.contains(&advice))) {
                     read(&mut self.fleet.control(&["retry", name]))?;
                 }
             }
@@ -215,12 +217,28 @@ impl Slot {
 
     /// Waits until the host runs one release or the other, with both roles and every sub-agent, and has reported it.
     fn settled(&self, what: &str) -> Result<Value> {
-        let status = self.fleet.wait_for_within(PATIENCE, what, is_settled)?;
+        let status = self.wait_for(what, is_settled)?;
         if let Some(bystander) = self.bystander {
             let now = agent(&status, BYSTANDER).and_then(|agent| pid(&agent["pid"]));
             ensure!(now == Some(bystander), "{BYSTANDER} has the process {now:?} instead of {bystander}");
         }
         Ok(status)
+    }
+
+    fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut last = None;
+        let found = try_every(POLL, PATIENCE, || {
+            let status = self.fleet.status();
+            let found = status.as_ref().ok().filter(|status| wanted(status)).cloned();
+            last = Some(status);
+            found
+        });
+        let last = || match last {
+            Some(Ok(status)) => format!("{status:#}"),
+            Some(Err(error)) => format!("{error:#}"),
+            None => "none".to_owned(),
+        };
+        found.with_context(|| format!("timed out after {PATIENCE:?} waiting for {what}; the last status: {}", last()))
     }
 
     fn is_target(&self, status: &Value) -> bool {
@@ -237,9 +255,7 @@ impl Slot {
     }
 
     fn reached(&self) -> Result<()> {
-        let status = self
-            .fleet
-            .wait_for_within(PATIENCE, "the ordered release", |status| is_settled(status) && self.is_target(status))?;
+        let status = self.wait_for("the ordered release", |status| is_settled(status) && self.is_target(status))?;
         let now = agent(&status, BYSTANDER).and_then(|agent| pid(&agent["pid"]));
         ensure!(self.bystander.is_none() || now == self.bystander, "{BYSTANDER} was restarted");
         Ok(())
@@ -250,7 +266,7 @@ impl Slot {
         let beyond = || -> Result<BTreeSet<String>> { Ok(self.files()?.difference(&self.usual).cloned().collect()) };
         // The host removes old releases after it has reported the new one.
         let is_swept = || beyond().is_ok_and(|now| now.is_disjoint(&self.left_over));
-        if try_for(SWEPT, || is_swept().then_some(())).is_none() {
+        if try_every(POLL, SWEPT, || is_swept().then_some(())).is_none() {
             let stays: Vec<_> = beyond()?.intersection(&self.left_over).cloned().collect();
             bail!("left over after a second run: {}", stays.join(", "));
         }

@@ -1,0 +1,86 @@
+//! `cargo xtask full`: everything that CI samples, whole, with a report at the end. Takes hours on two cores.
+//!
+//! ```text
+//! part          CI                                  here
+//! scenarios     a few bad releases, short chaos     every bad release, every shortage of space, minutes of chaos
+//! unit tests    256 cases for each property         20,000
+//! fuzz          seconds for each parser             minutes
+//! stranded      a sample of the steps               each step, alone and together
+//! durability    whole                               whole, with a release build
+//! power-cut     a few cuts and points               100 cuts and 300 points; clock jumps; other kernels
+//! endurance     -                                   1,000 upgrades of the manager, and 200 under load
+//! ```
+//!
+//! A part that fails does not stop the others.
+#![allow(clippy::print_stdout, reason = "the report is its output")]
+
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+
+use crate::ci;
+use crate::command::cargo;
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The parts to run [default: all]
+    #[arg(value_parser = clap::builder::PossibleValuesParser::new(PARTS.iter().map(|part| part.name)))]
+    names: Vec<String>,
+}
+
+/// Something that CI runs in part only.
+struct Part {
+    name: &'static str,
+    words: &'static [&'static str],
+    /// Variables that make tests run whole.
+    environment: &'static [(&'static str, &'static str)],
+    is_cargo: bool,
+}
+
+const PARTS: &[Part] = &[
+    Part {
+        environment: &[("AOPS_UPGRADES", "all"), ("AOPS_DOWNLOADS", "200"), ("AOPS_CHAOS_SECONDS", "600")],
+        ..task("scenarios", &["test", "--test", "suite"])
+    },
+    Part {
+        environment: &[("PROPTEST_CASES", "20000")],
+        is_cargo: true,
+        ..task("unit-tests", &["test", "--locked", "--workspace", "--bins"])
+    },
+    task("fuzz", &["fuzz", "--seconds", "120"]),
+    task("stranded", &["stranded", "--homes", "12"]),
+    task("durability", &["durability"]),
+    task("power-cut", &["power-cut", "--cuts", "100", "--points", "300"]),
+    task("endurance", &["endurance", "--upgrades", "1000", "--homes", "16"]),
+    task("endurance-under-load", &["endurance", "--upgrades", "200", "--homes", "4", "--agents", "30", "--load"]),
+];
+
+const fn task(name: &'static str, words: &'static [&'static str]) -> Part {
+    Part { name, words, environment: &[], is_cargo: false }
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let started = Instant::now();
+    let is_chosen = |part: &&Part| arguments.names.is_empty() || arguments.names.iter().any(|name| name == part.name);
+    let mut report = Vec::new();
+    let mut failed = Vec::new();
+    for part in PARTS.iter().filter(is_chosen) {
+        let began = Instant::now();
+        let mut seen = ci::Seen::default();
+        let outcome = ci::in_foreground(part.name, &mut part.command(), &mut seen);
+        let verdict = if outcome.is_ok() { "passed" } else { "FAILED" };
+        report.push(format!("{:<22} {verdict} in {} s\n{}", part.name, began.elapsed().as_secs(), seen.summary()));
+        failed.extend(outcome.err().map(|error| format!("{error:#}")));
+    }
+    println!("\nReport of cargo xtask full, {} s:\n\n{}", started.elapsed().as_secs(), report.join("\n"));
+    if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("; ")) }
+}
+
+impl Part {
+    fn command(&self) -> Command {
+        let mut command = if self.is_cargo { cargo() } else { ci::task(&[]) };
+        command.args(self.words).envs(self.environment.iter().copied());
+        command
+    }
+}
