@@ -18,6 +18,7 @@ mod test;
 mod test_windows;
 mod tidy;
 mod toolchain;
+mod trace;
 mod wine;
 mod workspace;
 

@@ -9,17 +9,16 @@
 //! ```
 //!
 //! The enumeration is complete because the tracer sees each system call of each process before the kernel carries it out, and every call is
-//! either in the list of steps or in the list of those that change nothing (`syscalls`); one in neither fails the task. Between two steps
-//! nothing changes but memory, so a death there is a death before the next step. Of the writes to an
-//! unfinished download or unpacked file only the first two count, and of the polls of a lock file.
+//! either in the list of steps or in the list of those that change nothing (`trace::syscalls`); one in neither fails the task. Between two
+//! steps nothing changes but memory, so a death there is a death before the next step. Of the writes to an unfinished download or unpacked
+//! file only the first two count, and of the polls of a lock file.
 //!
 //! Each slot is a home with a gateway of its own. Its upgrades go round three releases, so that each is fetched again and every run is also the next one's beginning.
 #![allow(clippy::print_stdout, reason = "the report is its output")]
 
 mod slot;
 mod step;
-mod syscalls;
-mod tracer;
+mod watch;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -30,7 +29,7 @@ use anyhow::{Result, bail};
 
 use self::slot::{Outcome, Slot};
 use self::step::Step;
-use self::tracer::Target;
+use self::watch::Target;
 use crate::bench;
 use crate::command::say;
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::Change;
 use super::step::{Naming, Step};
-use super::tracer::{Target, Watch};
+use super::watch::{Target, Watch};
 use crate::command::read;
 use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
 use crate::package::Package;

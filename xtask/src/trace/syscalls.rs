@@ -1,6 +1,8 @@
 //! The system calls of x86-64 Linux, sorted by one question: can a process that is killed before this call leave the host in another state
 //! than one that is killed after it?
 //!
+//! Locks, messages and waits change nothing that lasts, and are listed for the order of what does.
+//!
 //! [`kind`] knows every call that aops makes. An unknown one is an error of the run and not taken for harmless, so the enumeration of steps
 //! cannot miss a call that somebody adds later.
 
@@ -8,23 +10,51 @@ use std::os::raw::c_long;
 
 use nix::libc;
 
-/// The arguments that name what a step changes.
+use self::Place::{At, Path};
+
+/// The arguments that name a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Reads, waits, or changes memory and descriptors of the process itself.
-    Harmless,
+pub(super) enum Place {
     /// A path in this argument, relative to the working directory.
     Path(usize),
     /// A directory's descriptor and a path, beginning with this argument.
     At(usize),
+}
+
+/// What a call does, and the arguments that name what it changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Reads, waits, or changes memory and descriptors of the process itself.
+    Harmless,
     /// Opens a path: a step if it may write. The arguments are a directory's descriptor, a path, flags.
     Open,
     /// `openat2`: the flags are behind a pointer.
     Open2,
+    /// Creates a file.
+    Create(Place),
+    /// Creates a directory.
+    Directory(Place),
+    /// Removes a name.
+    Remove(Place),
+    /// From the first to the second.
+    Rename(Place, Place),
+    /// A second name of the first.
+    Link(Place, Place),
+    /// A link with the target in this argument.
+    SymbolicLink(usize, Place),
+    /// Changes mode, owner, size, times or attributes of a path.
+    Metadata(Place),
     /// The content or the metadata of the file behind the descriptor in this argument.
-    Descriptor(usize),
-    /// As `Descriptor`; a step if the file is synced or locked by no other name.
+    Write(usize),
+    /// Syncs the file behind the descriptor in this argument, or its file system.
     Sync(usize),
+    SyncFileSystem(usize),
+    /// Locks the file behind the descriptor in this argument: gone with its process.
+    Lock(usize),
+    /// Sends through the socket in this argument.
+    Message(usize),
+    /// Waits for another thread, or wakes one.
+    Futex,
     /// Creates a process, unless the flags ask for a thread.
     Clone,
     Clone3,
@@ -45,7 +75,7 @@ pub(super) fn kind(number: c_long) -> Option<Kind> {
     STEPS.iter().find(|(step, ..)| *step == number).map(|(_, _, kind)| *kind)
 }
 
-/// The name of a step.
+/// The name of a call.
 pub(super) fn name(number: c_long) -> &'static str {
     STEPS.iter().find(|(step, ..)| *step == number).map_or("?", |(_, name, _)| *name)
 }
@@ -60,45 +90,45 @@ steps! {
     SYS_open "open" Kind::Open;
     SYS_openat "openat" Kind::Open;
     SYS_openat2 "openat2" Kind::Open2;
-    SYS_creat "creat" Kind::Path(0);
-    SYS_mkdir "mkdir" Kind::Path(0);
-    SYS_mkdirat "mkdirat" Kind::At(0);
-    SYS_mknod "mknod" Kind::Path(0);
-    SYS_mknodat "mknodat" Kind::At(0);
-    SYS_rmdir "rmdir" Kind::Path(0);
-    SYS_unlink "unlink" Kind::Path(0);
-    SYS_unlinkat "unlinkat" Kind::At(0);
-    SYS_rename "rename" Kind::Path(1);
-    SYS_renameat "renameat" Kind::At(2);
-    SYS_renameat2 "renameat2" Kind::At(2);
-    SYS_link "link" Kind::Path(1);
-    SYS_linkat "linkat" Kind::At(2);
-    SYS_symlink "symlink" Kind::Path(1);
-    SYS_symlinkat "symlinkat" Kind::At(1);
-    SYS_chmod "chmod" Kind::Path(0);
-    SYS_fchmodat "fchmodat" Kind::At(0);
-    SYS_chown "chown" Kind::Path(0);
-    SYS_lchown "lchown" Kind::Path(0);
-    SYS_fchownat "fchownat" Kind::At(0);
-    SYS_truncate "truncate" Kind::Path(0);
-    SYS_utimensat "utimensat" Kind::At(0);
-    SYS_setxattr "setxattr" Kind::Path(0);
-    SYS_lsetxattr "lsetxattr" Kind::Path(0);
-    SYS_write "write" Kind::Descriptor(0);
-    SYS_writev "writev" Kind::Descriptor(0);
-    SYS_pwrite64 "pwrite64" Kind::Descriptor(0);
-    SYS_pwritev "pwritev" Kind::Descriptor(0);
-    SYS_pwritev2 "pwritev2" Kind::Descriptor(0);
-    SYS_sendfile "sendfile" Kind::Descriptor(0);
-    SYS_copy_file_range "copy_file_range" Kind::Descriptor(2);
-    SYS_ftruncate "ftruncate" Kind::Descriptor(0);
-    SYS_fallocate "fallocate" Kind::Descriptor(0);
-    SYS_fchmod "fchmod" Kind::Descriptor(0);
-    SYS_fchown "fchown" Kind::Descriptor(0);
-    SYS_fsetxattr "fsetxattr" Kind::Descriptor(0);
+    SYS_creat "creat" Kind::Create(Path(0));
+    SYS_mkdir "mkdir" Kind::Directory(Path(0));
+    SYS_mkdirat "mkdirat" Kind::Directory(At(0));
+    SYS_mknod "mknod" Kind::Create(Path(0));
+    SYS_mknodat "mknodat" Kind::Create(At(0));
+    SYS_rmdir "rmdir" Kind::Remove(Path(0));
+    SYS_unlink "unlink" Kind::Remove(Path(0));
+    SYS_unlinkat "unlinkat" Kind::Remove(At(0));
+    SYS_rename "rename" Kind::Rename(Path(0), Path(1));
+    SYS_renameat "renameat" Kind::Rename(At(0), At(2));
+    SYS_renameat2 "renameat2" Kind::Rename(At(0), At(2));
+    SYS_link "link" Kind::Link(Path(0), Path(1));
+    SYS_linkat "linkat" Kind::Link(At(0), At(2));
+    SYS_symlink "symlink" Kind::SymbolicLink(0, Path(1));
+    SYS_symlinkat "symlinkat" Kind::SymbolicLink(0, At(1));
+    SYS_chmod "chmod" Kind::Metadata(Path(0));
+    SYS_fchmodat "fchmodat" Kind::Metadata(At(0));
+    SYS_chown "chown" Kind::Metadata(Path(0));
+    SYS_lchown "lchown" Kind::Metadata(Path(0));
+    SYS_fchownat "fchownat" Kind::Metadata(At(0));
+    SYS_truncate "truncate" Kind::Metadata(Path(0));
+    SYS_utimensat "utimensat" Kind::Metadata(At(0));
+    SYS_setxattr "setxattr" Kind::Metadata(Path(0));
+    SYS_lsetxattr "lsetxattr" Kind::Metadata(Path(0));
+    SYS_write "write" Kind::Write(0);
+    SYS_writev "writev" Kind::Write(0);
+    SYS_pwrite64 "pwrite64" Kind::Write(0);
+    SYS_pwritev "pwritev" Kind::Write(0);
+    SYS_pwritev2 "pwritev2" Kind::Write(0);
+    SYS_sendfile "sendfile" Kind::Write(0);
+    SYS_copy_file_range "copy_file_range" Kind::Write(2);
+    SYS_ftruncate "ftruncate" Kind::Write(0);
+    SYS_fallocate "fallocate" Kind::Write(0);
+    SYS_fchmod "fchmod" Kind::Write(0);
+    SYS_fchown "fchown" Kind::Write(0);
+    SYS_fsetxattr "fsetxattr" Kind::Write(0);
     SYS_fsync "fsync" Kind::Sync(0);
     SYS_fdatasync "fdatasync" Kind::Sync(0);
-    SYS_syncfs "syncfs" Kind::Sync(0);
+    SYS_syncfs "syncfs" Kind::SyncFileSystem(0);
     SYS_sync_file_range "sync_file_range" Kind::Sync(0);
     SYS_clone "clone" Kind::Clone;
     SYS_clone3 "clone3" Kind::Clone3;
@@ -111,6 +141,11 @@ steps! {
     SYS_tgkill "tgkill" Kind::Signal;
     SYS_pidfd_send_signal "pidfd_send_signal" Kind::Signal;
     SYS_exit_group "exit_group" Kind::Exit;
+    SYS_flock "flock" Kind::Lock(0);
+    SYS_sendto "sendto" Kind::Message(0);
+    SYS_sendmsg "sendmsg" Kind::Message(0);
+    SYS_sendmmsg "sendmmsg" Kind::Message(0);
+    SYS_futex "futex" Kind::Futex;
 }
 
 const HARMLESS: &[c_long] = &[
@@ -191,19 +226,14 @@ const HARMLESS: &[c_long] = &[
     libc::SYS_dup2,
     libc::SYS_dup3,
     libc::SYS_fcntl,
-    // A lock is gone with its process.
-    libc::SYS_flock,
     libc::SYS_socket,
     libc::SYS_socketpair,
     libc::SYS_connect,
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_listen,
-    libc::SYS_sendto,
     libc::SYS_recvfrom,
-    libc::SYS_sendmsg,
     libc::SYS_recvmsg,
-    libc::SYS_sendmmsg,
     libc::SYS_recvmmsg,
     libc::SYS_shutdown,
     libc::SYS_getsockname,
@@ -276,7 +306,6 @@ const HARMLESS: &[c_long] = &[
     libc::SYS_personality,
     libc::SYS_getrandom,
     libc::SYS_rseq,
-    libc::SYS_futex,
     libc::SYS_set_tid_address,
     libc::SYS_set_robust_list,
     libc::SYS_get_robust_list,
