@@ -9,6 +9,7 @@ mod command;
 mod demo;
 mod deny;
 mod dist;
+mod durability;
 mod fleet;
 mod full;
 mod fuzz;
@@ -70,6 +71,8 @@ enum Task {
     Full(full::Arguments),
     /// Kill upgrades at each of their steps, and check that no host is stranded
     Stranded(stranded::Arguments),
+    /// Check in a traced home that everything is on the disk before what depends on it, and that no sync is useless
+    Durability(durability::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Full(arguments) => full::run(&arguments),
         Task::Stranded(arguments) => stranded::run(&arguments),
+        Task::Durability(arguments) => durability::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
