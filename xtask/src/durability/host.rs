@@ -13,9 +13,11 @@ use super::recorder::Recorder;
 use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
 use crate::package::Package;
 use crate::trace::{Observer, Trace};
+use crate::wait::try_every;
 
 /// For one change under the tracer on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(240);
+const POLL: Duration = Duration::from_millis(300);
 
 /// A sub-agent that is upgraded, one that must not notice, and one with a `control` script that is removed in the end.
 const CHANGED: &str = "changed";
@@ -159,7 +161,11 @@ impl Host {
     /// Waits until the host has settled and is as `wanted`.
     fn wait(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
         let is_reached = |status: &Value| is_settled(status) && wanted(status);
-        self.fleet.wait_for_within(PATIENCE, what, is_reached).map(drop)
+        let reached = try_every(POLL, PATIENCE, || self.fleet.status().ok().filter(is_reached));
+        reached.map(drop).with_context(|| match self.fleet.status() {
+            Ok(status) => format!("timed out after {PATIENCE:?} waiting for {what}; the last status: {status:#}"),
+            Err(error) => format!("timed out after {PATIENCE:?} waiting for {what}: {error:#}"),
+        })
     }
 }
 
