@@ -16,7 +16,7 @@ mod none;
 pub mod product;
 mod systemd;
 
-pub use none::stop_roles;
+pub use none::stop_watchdog;
 
 /// Calls the function of that name in the file of the kind.
 macro_rules! of {

@@ -92,9 +92,20 @@ pub fn stop(_home: &Home, _roles: &[Role]) -> Result<()> {
     Ok(())
 }
 
+/// Restarts both roles. One of them runs at any time, and the other one follows it even if this process is killed: the manager is asked to
+/// exit when the next one is already waiting for its lock.
 pub fn restart(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
-    stop_roles(home)?;
-    spawn(home)
+    stop_watchdog(home)?;
+    let before = role::living(home, Role::Spm);
+    let mut next = spawn(home)?;
+    let Some(manager) = before else { return Ok(next) };
+    if !matches!(control_socket::request(home, &Request::Yield, YIELD_TIMEOUT), Ok(Some(_))) {
+        manager.request_exit()?;
+    }
+    manager.wait_for_exit()?;
+    // It does not wait longer for the lock than a manager takes to exit, unless that one hangs.
+    let has_given_up = next.as_mut().is_some_and(|next| next.try_wait().is_ok_and(|status| status.is_some()));
+    if has_given_up && !role::is_held(home, Role::Spm) { spawn(home) } else { Ok(next) }
 }
 
 pub fn standing(_home: &Home, _role: Role) -> Result<UnitCondition> {
@@ -105,18 +116,11 @@ pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
     bail!("cannot determine whether this is a restart: no service manager found on this host")
 }
 
-/// Stops both roles, the watchdog first, and leaves the sub-agents running. A service manager would restart its own roles. The manager
-/// restarts the watchdog after a delay, and is stopped within it.
-pub fn stop_roles(home: &Home) -> Result<()> {
+/// Stops the watchdog. The manager starts another one after a delay, and is to be restarted or stopped within it.
+pub fn stop_watchdog(home: &Home) -> Result<()> {
     if let Some(watchdog) = role::living(home, Role::Spa) {
         watchdog.request_exit()?;
         watchdog.wait_for_exit()?;
-    }
-    if let Some(manager) = role::living(home, Role::Spm) {
-        if !matches!(control_socket::request(home, &Request::Yield, YIELD_TIMEOUT), Ok(Some(_))) {
-            manager.request_exit()?;
-        }
-        manager.wait_for_exit()?;
     }
     Ok(())
 }

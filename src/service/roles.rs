@@ -57,9 +57,9 @@ pub(super) fn register(home: &Home, kind: ServiceManagerKind) -> Result<()> {
 /// manager.
 pub(super) fn start(home: &Home, kind: ServiceManagerKind, registered_before: bool) -> Result<Option<Child>> {
     role::clear_stop(home)?;
-    if !registered_before {
-        // Roles that run were started in a different way and would keep the locks.
-        host_service::stop_roles(home)?;
+    if kind.is_some() && !registered_before {
+        // It was started in a different way and would start managers in that way.
+        host_service::stop_watchdog(home)?;
     }
     host_service::restart(kind, home, Role::BOTH)
 }

@@ -164,6 +164,25 @@ fn a_stop_signal_or_restart_replaces_the_roles_and_keeps_the_sub_agents() {
 }
 
 #[test]
+fn a_restart_that_is_killed_leaves_a_role_that_restarts_the_other() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (_, spa) = roles(&host);
+    // When the watchdog has exited, before the next manager is started.
+    let mut command = host.command("strace".as_ref());
+    command.args(["-qq", "-o", "/dev/null", "--inject=clone,clone3,fork,vfork:signal=KILL:when=1", "--"]);
+    command.arg(host.home().join("bin/aops")).args(["control", "restart", "--home"]).arg(host.home());
+    let status = command.status().expect("cannot run strace");
+    assert!(!status.success(), "{status}");
+    host.wait_for_status("both roles", SOON, |status| {
+        pid(&status["spm"]["pid"]).is_some() && pid(&status["spa"]["pid"]).is_some_and(|new| new != spa)
+    });
+    assert_eq!(up(&host), before);
+    one_of_each(&host);
+}
+
+#[test]
 fn a_hung_role_is_killed_and_restarted_by_the_other() {
     let gateway = gateway();
     let hosts = ["spm", "spa"].map(|role| {
