@@ -21,13 +21,14 @@ mod step;
 mod watch;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::{fmt, thread};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use self::slot::{Outcome, Slot};
+use self::slot::{Depot, Outcome, Slot};
 use self::step::Step;
 use self::watch::Target;
 use crate::bench;
@@ -38,7 +39,7 @@ pub(crate) struct Arguments {
     /// Which change is killed [default: each]
     #[arg(long, value_enum)]
     only: Option<Change>,
-    /// The number of steps that are killed of each change, drawn at random [default: all]
+    /// The number of kills, drawn at random [default: all]
     #[arg(long, value_name = "N")]
     sample: Option<usize>,
     /// Draws the sample [default: the clock]
@@ -75,7 +76,22 @@ const REFERENCE_RUNS: usize = 2;
 /// A step that does not come in so many runs is reported, not killed.
 const TRIES: u32 = 3;
 
-/// What the runs of one change came to.
+/// A kill that is to be tried.
+#[derive(Clone)]
+struct Kill {
+    change: Change,
+    target: Target,
+    attempt: u32,
+}
+
+impl fmt::Display for Kill {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let together = if self.target.together { ", together" } else { "" };
+        write!(f, "{:?} at {}{together}", self.change, self.target.step)
+    }
+}
+
+/// What the runs came to.
 #[derive(Default)]
 struct Tally {
     killed: usize,
@@ -95,98 +111,129 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let seed = arguments
         .seed
         .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64));
-    say(&format!("stranded: seed {seed}"));
-    let mut stranded = 0;
-    for change in CHANGES.into_iter().filter(|change| arguments.only.is_none_or(|only| only == *change)) {
-        stranded += kill_each(&executable, change, arguments, seed)?.stranded.len();
-    }
-    println!(
-        "\n{stranded} stranded, in {} s; again with: cargo xtask stranded --seed {seed}",
-        started.elapsed().as_secs()
-    );
-    if stranded > 0 { bail!("{stranded} hosts were stranded") } else { Ok(()) }
-}
-
-fn kill_each(executable: &Path, change: Change, arguments: &Arguments, seed: u64) -> Result<Tally> {
-    let mut slot = Slot::new(executable, change)?;
-    let mut steps: Vec<Step> = Vec::new();
-    let mut known = BTreeSet::new();
-    for run in 1..=REFERENCE_RUNS {
-        say(&format!("{change:?}: reference run {run} of {REFERENCE_RUNS}"));
-        for step in slot.reference()? {
-            if known.insert(step.clone()) {
-                steps.push(step);
-            }
+    say(&format!("stranded: seed {seed}; again with `cargo xtask stranded --seed {seed}`"));
+    let depot = Depot::new(&executable)?;
+    let changes: Vec<Change> =
+        CHANGES.into_iter().filter(|change| arguments.only.is_none_or(|only| only == *change)).collect();
+    let Reference { steps, usual } = Reference::new(&depot, &changes)?;
+    for change in &changes {
+        let of_change: Vec<_> = steps.iter().filter(|(of, _)| of == change).collect();
+        println!("\n{change:?}: {} steps", of_change.len());
+        if arguments.list {
+            of_change.iter().for_each(|(_, step)| println!("  {step}"));
         }
     }
-    println!("\n{change:?}: {} steps", steps.len());
     if arguments.list {
-        steps.iter().for_each(|step| println!("  {step}"));
-        return Ok(Tally::default());
+        return Ok(());
     }
-    let mut targets: Vec<Target> = steps
-        .iter()
-        .filter(|step| arguments.step.as_ref().is_none_or(|text| step.to_string().contains(text)))
-        .flat_map(|step| [false, true].map(|together| Target { step: step.clone(), together }))
+    let chosen = |step: &Step| arguments.step.as_ref().is_none_or(|text| step.to_string().contains(text));
+    let mut kills: Vec<Kill> = steps
+        .into_iter()
+        .filter(|(_, step)| chosen(step))
+        .flat_map(|(change, step)| {
+            [false, true].map(|together| Kill { change, target: Target { step: step.clone(), together }, attempt: 1 })
+        })
         .collect();
-    if let Some(sample) = arguments.sample {
-        shuffle(&mut targets, seed);
-        targets.truncate(sample);
+    shuffle(&mut kills, seed);
+    kills.truncate(arguments.sample.unwrap_or(usize::MAX));
+    let tally = kill_each(&depot, &usual, kills, arguments.homes)?;
+    let Tally { killed, old, new, missed, stranded } = tally;
+    println!(
+        "\n{killed} killed: {old} ended in the old release before the second try, {new} in the new one, {} stranded; {} s",
+        stranded.len(),
+        started.elapsed().as_secs()
+    );
+    if !missed.is_empty() {
+        println!("{} steps did not come again in {TRIES} runs:", missed.len());
+        missed.iter().for_each(|step| println!("  {step}"));
     }
-    let total = targets.len();
-    let queue: Mutex<VecDeque<(Target, u32)>> = Mutex::new(targets.into_iter().map(|target| (target, 1)).collect());
+    if stranded.is_empty() { Ok(()) } else { bail!("{} hosts were stranded: {}", stranded.len(), stranded.join("; ")) }
+}
+
+/// What upgrades that nothing disturbs do.
+#[derive(Default)]
+struct Reference {
+    steps: Vec<(Change, Step)>,
+    /// The files that a home has before and after them.
+    usual: BTreeSet<String>,
+}
+
+impl Reference {
+    /// Upgrades a home for each change, at the same time.
+    fn new(depot: &Depot, changes: &[Change]) -> Result<Reference> {
+        let mut all = Reference::default();
+        let outcomes: Vec<_> = thread::scope(|scope| {
+            let runs: Vec<_> = changes.iter().map(|change| scope.spawn(|| Reference::of(depot, *change))).collect();
+            runs.into_iter().map(|run| run.join().unwrap_or_else(|_| bail!("a reference run has panicked"))).collect()
+        });
+        for outcome in outcomes {
+            let reference = outcome?;
+            all.steps.extend(reference.steps);
+            all.usual.extend(reference.usual);
+        }
+        Ok(all)
+    }
+
+    fn of(depot: &Depot, change: Change) -> Result<Reference> {
+        let mut slot = Slot::new(depot)?;
+        let mut reference = Reference { steps: vec![], usual: slot.files()? };
+        for run in 1..=REFERENCE_RUNS {
+            say(&format!("{change:?}: reference run {run} of {REFERENCE_RUNS}"));
+            for step in slot.reference(change).with_context(|| slot.logs())? {
+                if !reference.steps.contains(&(change, step.clone())) {
+                    reference.steps.push((change, step));
+                }
+            }
+            reference.usual.extend(slot.files()?);
+        }
+        Ok(reference)
+    }
+}
+
+/// Carries out the kills on several homes at the same time.
+fn kill_each(depot: &Depot, usual: &BTreeSet<String>, kills: Vec<Kill>, homes: u16) -> Result<Tally> {
+    let total = kills.len();
+    let queue: Mutex<VecDeque<Kill>> = Mutex::new(kills.into());
     let tally = Mutex::new(Tally::default());
     let locked = || tally.lock().unwrap_or_else(PoisonError::into_inner);
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    let work = |mut slot: Slot| -> Result<()> {
-        while let Some((target, attempt)) = next() {
-            let name = format!("{}{}", target.step, if target.together { ", together" } else { "" });
-            match slot.kill_at(&target) {
+    let queued = || queue.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = || queued().pop_front();
+    let work = || -> Result<()> {
+        let mut slot = Slot::new(depot)?;
+        while let Some(kill) = next() {
+            match slot.kill_at(kill.change, &kill.target, usual) {
                 Ok(Outcome::Old) => locked().old += 1,
                 Ok(Outcome::New) => locked().new += 1,
-                Ok(Outcome::Missed) if attempt < TRIES => {
-                    queue.lock().unwrap_or_else(PoisonError::into_inner).push_back((target, attempt + 1));
+                Ok(Outcome::Missed) if kill.attempt < TRIES => {
+                    queued().push_back(Kill { attempt: kill.attempt + 1, ..kill });
                     continue;
                 }
                 Ok(Outcome::Missed) => {
-                    locked().missed.push(name);
+                    locked().missed.push(kill.to_string());
                     continue;
                 }
                 Err(error) => {
-                    println!("\nSTRANDED {change:?} at {name}: {error:#}\n{}", slot.logs());
-                    locked().stranded.push(name);
-                    slot = Slot::new(executable, change)?;
+                    println!("\nSTRANDED {kill}: {error:#}\n{}", slot.logs());
+                    locked().stranded.push(kill.to_string());
+                    slot = Slot::new(depot)?;
                 }
             }
             let mut tally = locked();
             tally.killed += 1;
-            if tally.killed % 25 == 0 {
-                say(&format!("{change:?}: {} of {total}, {} stranded", tally.killed, tally.stranded.len()));
+            if tally.killed.is_multiple_of(25) {
+                say(&format!("{} of {total}, {} stranded", tally.killed, tally.stranded.len()));
             }
         }
         Ok(())
     };
-    std::thread::scope(|scope| {
-        let homes = usize::from(arguments.homes).min(total.max(1));
-        let others: Vec<_> =
-            (1..homes).map(|_| scope.spawn(|| Slot::new(executable, change).and_then(&work))).collect();
-        let mut outcomes = vec![work(slot)];
-        outcomes.extend(others.into_iter().map(|other| other.join().unwrap_or_else(|_| bail!("a slot has panicked"))));
-        outcomes.into_iter().collect::<Result<Vec<()>>>()
+    thread::scope(|scope| {
+        let homes = usize::from(homes).min(total);
+        let workers: Vec<_> = (0..homes).map(|_| scope.spawn(work)).collect();
+        let outcomes =
+            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| bail!("a worker has panicked")));
+        outcomes.collect::<Result<Vec<()>>>()
     })?;
-    let tally = tally.into_inner().unwrap_or_else(PoisonError::into_inner);
-    println!(
-        "{change:?}: {} killed: {} ended in the old release before the second try, {} in the new one, {} stranded",
-        tally.killed,
-        tally.old,
-        tally.new,
-        tally.stranded.len()
-    );
-    if !tally.missed.is_empty() {
-        println!("{change:?}: {} steps did not come again in {TRIES} runs:", tally.missed.len());
-        tally.missed.iter().for_each(|step| println!("  {step}"));
-    }
-    Ok(tally)
+    Ok(tally.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Fisher and Yates, by a xorshift generator: the same seed gives the same sample.

@@ -1,7 +1,8 @@
 //! A home whose upgrades are killed, with a gateway of its own.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,7 +11,7 @@ use serde_json::Value;
 use super::Change;
 use super::step::{Naming, Step};
 use super::watch::{Target, Watch};
-use crate::command::read;
+use crate::command::{read, say};
 use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
 use crate::package::Package;
 use crate::wait::try_every;
@@ -40,23 +41,15 @@ pub(super) enum Outcome {
     Missed,
 }
 
-pub(super) struct Slot {
+/// A gateway's directory with every package, which each home's gateway gets a copy of.
+pub(super) struct Depot {
+    executable: PathBuf,
     fleet: Fleet,
-    watch: Watch,
-    change: Change,
-    /// Which releases are ordered.
-    manager: usize,
-    release: usize,
-    /// Files that a home has before and after an upgrade that nothing disturbs.
-    usual: BTreeSet<String>,
-    /// Those beyond it after the last run.
-    left_over: BTreeSet<String>,
-    bystander: Option<u32>,
 }
 
-impl Slot {
-    /// A host that runs the first releases, traced, and has seen an upgrade.
-    pub(super) fn new(executable: &Path, change: Change) -> Result<Slot> {
+impl Depot {
+    pub(super) fn new(executable: &Path) -> Result<Depot> {
+        say("publishing packages");
         let fleet = Fleet::new(executable)?;
         quietly(&mut fleet.gateway("init"))?;
         let mut packages = vec![Package::sleeper(BYSTANDER, "1")];
@@ -67,27 +60,36 @@ impl Slot {
         for package in &packages {
             quietly(fleet.gateway("publish").args(package.arguments()))?;
         }
+        Ok(Depot { executable: executable.to_owned(), fleet })
+    }
+}
+
+pub(super) struct Slot {
+    fleet: Fleet,
+    watch: Watch,
+    /// Which releases are ordered.
+    manager: usize,
+    release: usize,
+    /// What was beyond the usual files after the last run.
+    left_over: BTreeSet<String>,
+    bystander: Option<u32>,
+}
+
+impl Slot {
+    /// A host that runs the first releases, traced.
+    pub(super) fn new(depot: &Depot) -> Result<Slot> {
+        let fleet = Fleet::new(&depot.executable)?;
+        quietly(Command::new("cp").arg("-a").args([depot.fleet.depot(), fleet.depot()]))?;
         let watch = Watch::new(&fleet.home(), Naming::default());
-        let mut slot = Slot {
-            fleet,
-            watch,
-            change,
-            manager: 0,
-            release: 0,
-            usual: BTreeSet::new(),
-            left_over: BTreeSet::new(),
-            bystander: None,
-        };
-        slot.order()?;
+        let mut slot = Slot { fleet, watch, manager: 0, release: 0, left_over: BTreeSet::new(), bystander: None };
+        slot.order(Change::SubAgent)?;
         slot.fleet.start_gateway()?;
-        ensure!(slot.install(executable, MANAGERS[0])? == 0, "cannot install\n{}", slot.logs());
+        ensure!(slot.install(&depot.executable, MANAGERS[0])? == 0, "cannot install\n{}", slot.logs());
         let settings = slot.fleet.home().join("etc/conf.toml");
         let text = std::fs::read_to_string(&settings).context("cannot read the settings")?;
         std::fs::write(&settings, text + "\nupgradeTrial = \"5s\"\n").context("cannot write the settings")?;
         let status = slot.settled("the host to run")?;
         slot.bystander = agent(&status, BYSTANDER).and_then(|agent| pid(&agent["pid"]));
-        slot.usual = slot.files()?;
-        slot.reference()?;
         Ok(slot)
     }
 
@@ -96,22 +98,20 @@ impl Slot {
     }
 
     /// One upgrade that nothing disturbs: its steps.
-    pub(super) fn reference(&mut self) -> Result<Vec<Step>> {
-        self.watch.arm(self.naming(), None);
-        self.begin()?;
+    pub(super) fn reference(&mut self, change: Change) -> Result<Vec<Step>> {
+        self.watch.arm(self.naming(change), None);
+        self.begin(change)?;
         self.reached()?;
         let quiet = || (self.watch.is_quiet() && !self.has_a_third_release()).then_some(());
         try_every(POLL, PATIENCE, quiet).context("the host does not come to rest after an upgrade")?;
         self.watch.check()?;
-        let steps = self.watch.disarm();
-        self.usual.extend(self.files()?);
-        Ok(steps)
+        Ok(self.watch.disarm())
     }
 
     /// One upgrade, a process killed at the target, and all that must hold after it.
-    pub(super) fn kill_at(&mut self, target: &Target) -> Result<Outcome> {
-        self.watch.arm(self.naming(), Some(target.clone()));
-        let exit = self.begin()?;
+    pub(super) fn kill_at(&mut self, change: Change, target: &Target, usual: &BTreeSet<String>) -> Result<Outcome> {
+        self.watch.arm(self.naming(change), Some(target.clone()));
+        let exit = self.begin(change)?;
         let killed = try_every(POLL, PATIENCE, || {
             let is_over = || self.has_reached().is_ok_and(|reached| reached) && self.watch.is_quiet();
             self.watch.killed().map(Some).or_else(|| is_over().then_some(None))
@@ -121,7 +121,7 @@ impl Slot {
             None => bail!("neither the step nor the end of the upgrade came"),
             Some(None) => {
                 self.watch.disarm();
-                self.no_left_over()?;
+                self.no_left_over(usual)?;
                 return Ok(Outcome::Missed);
             }
             Some(Some(_)) => (),
@@ -132,20 +132,20 @@ impl Slot {
             self.start()?;
         }
         self.watch.disarm();
-        let interrupted = self.change == Change::Install && exit != 0;
+        let interrupted = change == Change::Install && exit != 0;
         let status = self.settled("the host to run again")?;
         let outcome = if self.is_target(&status) { Outcome::New } else { Outcome::Old };
         if outcome == Outcome::Old || interrupted {
-            self.try_again(&status)?;
+            self.try_again(change, &status)?;
         }
         self.reached()?;
-        self.no_left_over()?;
+        self.no_left_over(usual)?;
         Ok(outcome)
     }
 
     /// The release before and after the change that is next.
-    fn naming(&self) -> Naming {
-        let (versions, now) = match self.change {
+    fn naming(&self, change: Change) -> Naming {
+        let (versions, now) = match change {
             Change::SubAgent => (RELEASES, self.release),
             Change::Manager | Change::Install => (MANAGERS, self.manager),
         };
@@ -154,19 +154,19 @@ impl Slot {
     }
 
     /// Orders the other release; of an installation, its exit code.
-    fn begin(&mut self) -> Result<i32> {
-        match self.change {
+    fn begin(&mut self, change: Change) -> Result<i32> {
+        match change {
             Change::SubAgent => self.release = next(self.release),
             Change::Manager | Change::Install => self.manager = next(self.manager),
         }
-        if self.change == Change::Install {
+        if change == Change::Install {
             return self.install_ordered();
         }
-        self.order().map(|()| 0)
+        self.order(change).map(|()| 0)
     }
 
-    fn order(&self) -> Result<()> {
-        let manager = if self.change == Change::Manager {
+    fn order(&self, change: Change) -> Result<()> {
+        let manager = if change == Change::Manager {
             format!("manager.version = {:?}\n", MANAGERS[self.manager])
         } else {
             String::new()
@@ -197,14 +197,14 @@ impl Slot {
         self.watch.run(&words(&control), &[("AOPS_HOME".to_owned(), home)]).map(drop)
     }
 
-    fn try_again(&mut self, status: &Value) -> Result<()> {
-        match self.change {
+    fn try_again(&mut self, change: Change, status: &Value) -> Result<()> {
+        match change {
             Change::Install => {
                 let code = self.install_ordered()?;
                 ensure!(code == 0, "the second installation failed with exit code {code}");
             }
             Change::Manager | Change::SubAgent => {
-                let name = if self.change == Change::Manager { "aops-spm" } else { CHANGED };
+                let name = if change == Change::Manager { "aops-spm" } else { CHANGED };
                 let problems = status["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
                 let advice = format!("control retry {name}");
                 if problems.iter().any(|problem| problem.as_str().is_some_and(|text| text.contains(&advice))) {
@@ -243,10 +243,7 @@ impl Slot {
 
     fn is_target(&self, status: &Value) -> bool {
         let release = agent(status, CHANGED).is_some_and(|agent| agent["version"] == RELEASES[self.release]);
-        match self.change {
-            Change::SubAgent => release,
-            Change::Manager | Change::Install => release && status["version"] == MANAGERS[self.manager],
-        }
+        release && status["version"] == MANAGERS[self.manager]
     }
 
     fn has_reached(&self) -> Result<bool> {
@@ -262,8 +259,8 @@ impl Slot {
     }
 
     /// What a killed run left must be gone after the next one.
-    fn no_left_over(&mut self) -> Result<()> {
-        let beyond = || -> Result<BTreeSet<String>> { Ok(self.files()?.difference(&self.usual).cloned().collect()) };
+    fn no_left_over(&mut self, usual: &BTreeSet<String>) -> Result<()> {
+        let beyond = || -> Result<BTreeSet<String>> { Ok(self.files()?.difference(usual).cloned().collect()) };
         // The host removes old releases after it has reported the new one.
         let is_swept = || beyond().is_ok_and(|now| now.is_disjoint(&self.left_over));
         if try_every(POLL, SWEPT, || is_swept().then_some(())).is_none() {
@@ -286,7 +283,7 @@ impl Slot {
     }
 
     /// Every file of the home by its name. Which two of the three releases a host keeps differs from run to run, so they are numbered.
-    fn files(&self) -> Result<BTreeSet<String>> {
+    pub(super) fn files(&self) -> Result<BTreeSet<String>> {
         let home = self.fleet.home();
         let mut found = BTreeSet::new();
         let kept = self.kept();
