@@ -108,6 +108,14 @@ impl Private {
         Ok(versions.collect())
     }
 
+    /// The first package on which `package` depends and whose name begins with `prefix`.
+    pub(crate) fn dependency(&self, package: &str, prefix: &str) -> Result<String> {
+        let table = read(Command::new("apt-cache").env("APT_CONFIG", &self.config).args(["depends", package]))?;
+        let mut names = table.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+        let name = names.find(|name| name.starts_with(prefix));
+        name.map(str::to_owned).with_context(|| format!("{package} depends on no package {prefix}*"))
+    }
+
     /// Fetches a package (`name` or `name=version`) and unpacks it below `into`.
     pub(crate) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
         fs::create_dir_all(into).with_context(|| format!("cannot create {}", into.display()))?;

@@ -13,6 +13,7 @@ mod durability;
 mod fleet;
 mod full;
 mod fuzz;
+mod power_cut;
 mod rootfs;
 mod stranded;
 mod test;
@@ -69,6 +70,8 @@ enum Task {
     Bench(bench::Arguments),
     /// Run everything that CI samples, whole, and print a report; takes hours
     Full(full::Arguments),
+    /// Cut the power of virtual machines in mid-upgrade, and check that none is stranded
+    PowerCut(power_cut::Arguments),
     /// Kill upgrades at each of their steps, and check that no host is stranded
     Stranded(stranded::Arguments),
     /// Check in a traced home that everything is on the disk before what depends on it, and that no sync is useless
@@ -89,6 +92,7 @@ fn main() -> ExitCode {
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Full(arguments) => full::run(&arguments),
+        Task::PowerCut(arguments) => power_cut::run(&arguments),
         Task::Stranded(arguments) => stranded::run(&arguments),
         Task::Durability(arguments) => durability::run(&arguments),
     };
