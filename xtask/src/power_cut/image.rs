@@ -7,7 +7,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::kernel::Kernel;
 use crate::command::{read, text};
@@ -134,11 +134,14 @@ impl<'a> Image<'a> {
     }
 
     fn write_from(&self, tree: &Path, image: &Path) -> Result<()> {
-        // Links, not copies: files are only ever replaced.
-        read(Command::new("cp").args(["-al", "--"]).args([self.root, tree]))?;
+        // Links, not copies: files are only ever replaced. A link to the root file system would be copied as a link, and files would be
+        // written into it.
+        let root = self.root.canonicalize().with_context(|| format!("cannot find {}", self.root.display()))?;
+        read(Command::new("cp").args(["-al", "--"]).args([&root, tree]))?;
+        ensure!(tree.symlink_metadata()?.is_dir(), "the copy of {} is no directory", root.display());
         let modules = tree.join("usr/lib/modules").join(&self.kernel.release);
         fs::create_dir_all(modules.parent().context("modules have a directory")?)?;
-        read(Command::new("cp").args(["-al", "--"]).args([&self.kernel.modules, &modules]))?;
+        read(Command::new("cp").args(["-al", "--"]).args([&self.kernel.modules.canonicalize()?, &modules]))?;
         for file in &self.files {
             file.write(tree).with_context(|| format!("cannot write {}", file.path))?;
         }

@@ -157,6 +157,13 @@ impl Machine {
         self.qemu.wait().map(drop).context("cannot wait for QEMU")
     }
 
+    /// An error with its last messages if the machine has ended by itself.
+    pub(crate) fn is_running(&mut self) -> Result<()> {
+        let ended = self.qemu.try_wait().context("cannot wait for QEMU")?;
+        ensure!(ended.is_none(), "the virtual machine has ended by itself\n{}", self.console());
+        Ok(())
+    }
+
     /// Shuts the guest down in order.
     pub(crate) fn power_off(mut self) -> Result<()> {
         self.send("systemctl poweroff")?;

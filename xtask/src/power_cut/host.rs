@@ -1,0 +1,378 @@
+//! A host in a virtual machine, with a gateway of its own: it is upgraded, loses power, and must recover by itself.
+//!
+//! Three releases of the manager and of one sub-agent are ordered in turn: a host keeps two, so each is fetched again. The sub-agent has
+//! many files, and a list of their checksums.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use super::image::Image;
+use super::kernel::Kernel;
+use super::machine::{Drive, HOST_ADDRESS, Hardware, Machine};
+use super::progress::{CHANGES, Change, Phase, Progress};
+use crate::command::read;
+use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
+use crate::package::Package;
+use crate::wait::try_for;
+
+/// For an upgrade, and for a recovery with an upgrade after it, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(400);
+/// For a command in the guest.
+const ANSWER: Duration = Duration::from_secs(120);
+/// The interval in which the guest itself is queried while the gateway does not show the ordered releases.
+const QUERY_INTERVAL: Duration = Duration::from_secs(5);
+
+const MANAGERS: [&str; 3] = ["0.1.0", "0.1.1", "0.1.2"];
+const RELEASES: [&str; 3] = ["7.1.0", "7.1.1", "7.1.2"];
+/// The sub-agent that is upgraded, which `progress.sh` names too, and another one.
+const CHANGED: &str = "changed";
+const BYSTANDER: &str = "bystander";
+/// Of the sub-agent that is upgraded.
+const FILES: usize = 64;
+const FILE_SIZE: usize = 32 << 10;
+
+const PROGRESS: &str = include_str!("progress.sh");
+const PROGRESS_PATH: &str = "/usr/local/sbin/upgrade-progress";
+const PROGRESS_UNIT: &str = "[Unit]\nDescription=Phases of upgrades on the console\nDefaultDependencies=no\n\n[Service]\n\
+     ExecStart=/usr/local/sbin/upgrade-progress\n\n[Install]\nWantedBy=multi-user.target\n";
+
+/// What hosts are made of.
+pub(super) struct Parts<'a> {
+    /// What is installed in the guest.
+    pub(super) executable: &'a Path,
+    pub(super) gateway: &'a Path,
+    pub(super) root: &'a Path,
+    pub(super) kernel: &'a Kernel,
+}
+
+/// A moment at which the power is cut.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    pub(super) target: Phase,
+    /// The part of the target's usual time that passes before the cut, from 0 to 1.
+    pub(super) fraction: f64,
+    /// The other change is ordered at the same time.
+    pub(super) both: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Release {
+    Old,
+    New,
+}
+
+/// What one cut came to.
+#[derive(Debug)]
+pub(super) struct Cut {
+    /// The phase of the targeted change at the cut.
+    pub(super) phase: Phase,
+    /// The release in the first heartbeat after the boot.
+    pub(super) found: Release,
+    /// The new release was rolled back and skipped; it was ordered again.
+    pub(super) was_skipped: bool,
+    pub(super) took: Duration,
+}
+
+pub(super) struct Host<'a> {
+    machine: Option<Machine>,
+    kernel: &'a Kernel,
+    drives: [Drive; 1],
+    directory: PathBuf,
+    progress: Progress,
+    /// Which releases are ordered.
+    manager: usize,
+    release: usize,
+    /// SHA-256 of the executables of [`MANAGERS`].
+    executables: Vec<String>,
+    /// The files of a home at rest.
+    usual: BTreeSet<String>,
+    /// Those beyond it after the last cut.
+    left_over: BTreeSet<String>,
+    fleet: Fleet,
+}
+
+impl<'a> Host<'a> {
+    /// Installs the first releases in a new machine, and upgrades both once.
+    pub(super) fn new(parts: &Parts<'a>) -> Result<Host<'a>> {
+        let fleet = Fleet::new(parts.gateway)?;
+        quietly(fleet.gateway("init").args(["--name", HOST_ADDRESS, "--name", "127.0.0.1"]))?;
+        let mut executables = Vec::new();
+        let mut packages = vec![Package::sleeper(BYSTANDER, "1")];
+        packages.extend(RELEASES.map(sub_agent));
+        for version in MANAGERS {
+            let package = next_manager(parts.executable, version)?;
+            executables.push(sha256(&std::fs::read(package.path().join("bin/aops"))?));
+            packages.push(package);
+        }
+        for package in &packages {
+            quietly(fleet.gateway("publish").args(package.arguments()))?;
+        }
+        let directory = fleet.path("machine");
+        std::fs::create_dir_all(&directory).context("cannot create the directory of a machine")?;
+        let disk = directory.join("disk.img");
+        image(parts, &fleet).write(&disk)?;
+        let mut host = Host {
+            machine: None,
+            kernel: parts.kernel,
+            drives: [Drive::new("root", &disk)],
+            progress: Progress::of(&directory.join("console.log")),
+            directory,
+            manager: 0,
+            release: 0,
+            executables,
+            usual: BTreeSet::new(),
+            left_over: BTreeSet::new(),
+            fleet,
+        };
+        host.write_order()?;
+        host.fleet.start_gateway()?;
+        host.boot()?;
+        host.install().with_context(|| format!("cannot install\n{}", host.logs()))?;
+        host.order(&CHANGES)?;
+        host.reached(Instant::now()).with_context(|| host.logs())?;
+        host.usual = host.files()?;
+        Ok(host)
+    }
+
+    /// Orders an upgrade, cuts the power at the planned moment, boots, and checks all that must hold after it.
+    pub(super) fn cut(&mut self, plan: &Plan) -> Result<Cut> {
+        let started = Instant::now();
+        let changes = if plan.both { CHANGES.to_vec() } else { vec![plan.target.change] };
+        self.order(&changes)?;
+        let reached = try_for(PATIENCE, || (self.progress.phase(plan.target.change) >= plan.target).then_some(()));
+        reached.with_context(|| format!("an upgrade never came to the phase {}", plan.target))?;
+        let delay = self.progress.usual(plan.target).mul_f64(plan.fraction);
+        try_for(delay, || None::<()>);
+        self.machine()?.is_running()?;
+        let phase = self.progress.phase(plan.target.change);
+        self.machine.take().context("there is no machine")?.cut()?;
+        self.keep_disk()?;
+
+        let booted = Instant::now();
+        self.boot()?;
+        self.state_is_whole()?;
+        let found = self.first_release(plan.target.change, booted)?;
+        let mut was_skipped = self.reached(booted)?;
+        self.check_files()?;
+        if found == Release::New {
+            self.order(&changes)?;
+            was_skipped |= self.reached(booted)?;
+            self.check_files()?;
+        }
+        Ok(Cut { phase, found, was_skipped, took: started.elapsed() })
+    }
+
+    /// Everything that helps to diagnose a failure.
+    pub(super) fn logs(&mut self) -> String {
+        let script = "tail -n 40 /opt/aops/log/*.log; /opt/aops/bin/aops control status --json; \
+             cat /opt/aops/state/upgrade.json /opt/aops/state/releases.json; ls -lR /opt/aops/bin /opt/aops/agents | head -n 60; \
+             journalctl --no-pager -n 40";
+        match &mut self.machine {
+            Some(machine) => match machine.run(script, ANSWER) {
+                Ok(ran) => format!("{}{}", ran.stdout, ran.stderr),
+                Err(error) => format!("{error:#}\n{}", machine.console()),
+            },
+            None => "the machine does not run".to_owned(),
+        }
+    }
+
+    /// The disk as the last cut left it.
+    pub(super) fn disk_after_cut(&self) -> PathBuf {
+        self.directory.join("after-cut.img")
+    }
+
+    fn keep_disk(&self) -> Result<()> {
+        let mut copy = Command::new("cp");
+        read(copy.args(["--sparse=always", "--"]).arg(&self.drives[0].file).arg(self.disk_after_cut())).map(drop)
+    }
+
+    fn boot(&mut self) -> Result<()> {
+        let hardware = Hardware { kernel: self.kernel, drives: &self.drives, clock: None };
+        self.progress.restart();
+        self.machine = Some(Machine::boot(&self.directory, &hardware)?);
+        Ok(())
+    }
+
+    fn machine(&mut self) -> Result<&mut Machine> {
+        self.machine.as_mut().context("the machine does not run")
+    }
+
+    fn install(&mut self) -> Result<()> {
+        let endpoint = self.fleet.url().replace("127.0.0.1", HOST_ADDRESS);
+        let script = format!(
+            "/root/aops install --version {} --agent-id machine --endpoint {endpoint} --trusted-key /root/aops.pub \
+             --ca-cert /root/cert.pem && printf '\\nupgradeTrial = \"5s\"\\n' >>/opt/aops/etc/conf.toml && sync",
+            MANAGERS[0]
+        );
+        self.machine()?.read(&script, PATIENCE).map(drop)
+    }
+
+    /// Orders the next release of each of these.
+    fn order(&mut self, changes: &[Change]) -> Result<()> {
+        for change in changes {
+            match change {
+                Change::Manager => self.manager = (self.manager + 1) % MANAGERS.len(),
+                Change::SubAgent => self.release = (self.release + 1) % RELEASES.len(),
+            }
+            self.progress.begin(*change);
+        }
+        self.write_order()
+    }
+
+    fn write_order(&self) -> Result<()> {
+        self.fleet.write_fleet(&format!(
+            "heartbeatInterval = \"1s\"\nremovalDelay = \"0s\"\nmanager.version = {:?}\n[agents.{BYSTANDER}]\nversion = \"1\"\n\
+             [agents.{CHANGED}]\nversion = {:?}\n",
+            MANAGERS[self.manager], RELEASES[self.release]
+        ))
+    }
+
+    /// What the gateway knows from a heartbeat after `since`.
+    fn reported(&self, since: Instant) -> Result<Option<Value>> {
+        let status: Value = serde_json::from_str(&read(self.fleet.gateway("status").arg("--json"))?)?;
+        let host = &status["hosts"][0];
+        let age = host["secondsSinceHeartbeat"].as_u64().map(Duration::from_secs);
+        Ok(age.is_some_and(|age| age + Duration::from_secs(1) < since.elapsed()).then(|| host.clone()))
+    }
+
+    /// The release in the first heartbeat after a boot.
+    fn first_release(&self, change: Change, booted: Instant) -> Result<Release> {
+        let host = try_for(PATIENCE, || self.reported(booted).transpose()).context("no heartbeat after the boot")??;
+        let is_new = match change {
+            Change::Manager => host["manager"]["version"] == MANAGERS[self.manager],
+            Change::SubAgent => agent(&host, CHANGED).is_some_and(|agent| agent["version"] == RELEASES[self.release]),
+        };
+        Ok(if is_new { Release::New } else { Release::Old })
+    }
+
+    /// Waits until both roles and every sub-agent run in the ordered releases, and the gateway has it from a heartbeat after `since`.
+    /// Returns whether a release had to be ordered again because it was skipped.
+    fn reached(&mut self, since: Instant) -> Result<bool> {
+        let mut was_skipped = false;
+        let mut queried = Instant::now();
+        let mut last = (Value::Null, Value::Null);
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE {
+            let reported = self.reported(since)?.filter(|host| self.is_target(host, &host["manager"]["version"]));
+            if reported.is_some() || queried.elapsed() >= QUERY_INTERVAL {
+                queried = Instant::now();
+                let ran = self.machine()?.run("/opt/aops/bin/aops control status --json", ANSWER)?;
+                let status = serde_json::from_str(&ran.stdout).unwrap_or(Value::Null);
+                if reported.is_some() && is_settled(&status) && self.is_target(&status, &status["version"]) {
+                    return Ok(was_skipped);
+                }
+                was_skipped |= self.retry_skipped(&status)?;
+                last = (reported.unwrap_or_default(), status);
+            }
+            try_for(Duration::from_millis(250), || None::<()>);
+        }
+        bail!(
+            "timed out after {PATIENCE:?} waiting for the releases {} and {}; the gateway has: {:#}; the last status: {:#}",
+            MANAGERS[self.manager],
+            RELEASES[self.release],
+            last.0,
+            last.1
+        )
+    }
+
+    /// Whether a status or report shows every sub-agent running, and all of it in the ordered releases.
+    fn is_target(&self, shown: &Value, manager: &Value) -> bool {
+        let runs = |name: &str, version: &str| {
+            agent(shown, name).is_some_and(|agent| agent["state"] == "running" && agent["version"] == version)
+        };
+        manager == MANAGERS[self.manager] && runs(CHANGED, RELEASES[self.release]) && runs(BYSTANDER, "1")
+    }
+
+    fn retry_skipped(&mut self, status: &Value) -> Result<bool> {
+        let changed = agent(status, CHANGED).map(|agent| &agent["skipped"]);
+        let skipped = [("aops-spm", Some(&status["skipped"])), (CHANGED, changed)];
+        let mut names = skipped.into_iter().filter(|(_, skipped)| skipped.is_some_and(|value| !value.is_null()));
+        let Some((name, _)) = names.next() else { return Ok(false) };
+        self.machine()?.read(&format!("/opt/aops/bin/aops control retry {name}"), ANSWER)?;
+        Ok(true)
+    }
+
+    /// Every state file is JSON, also before the next manager has rewritten any.
+    fn state_is_whole(&mut self) -> Result<()> {
+        let script = "cd /opt/aops/state && for file in *.json; do echo \"$file $(base64 -w0 \"$file\")\"; done";
+        let files = self.machine()?.read(script, ANSWER)?;
+        for line in files.lines() {
+            let (name, content) = line.split_once(' ').unwrap_or((line, ""));
+            let content = BASE64.decode(content).with_context(|| format!("cannot read state/{name}"))?;
+            let parsed = serde_json::from_slice::<Value>(&content);
+            let shown = || format!("state/{name} is half-written: {:?}", String::from_utf8_lossy(&content));
+            parsed.with_context(shown)?;
+        }
+        Ok(())
+    }
+
+    /// The executable and the active release have their content, and what the last cut left is gone.
+    fn check_files(&mut self) -> Result<()> {
+        let script =
+            "cd /opt/aops && sha256sum <bin/aops && cd agents/changed/current && sha256sum --quiet -c SUMS >&2";
+        let sum = self.machine()?.read(script, ANSWER).context("a release is damaged")?;
+        ensure!(sum.starts_with(&self.executables[self.manager]), "bin/aops has the checksum {sum}");
+        let now: BTreeSet<String> = self.files()?.difference(&self.usual).cloned().collect();
+        let stays: Vec<_> = now.intersection(&self.left_over).cloned().collect();
+        ensure!(stays.is_empty(), "left over after a second upgrade: {}", stays.join(", "));
+        self.left_over = now;
+        Ok(())
+    }
+
+    /// Every file of the home but sub-agents' own, by its name without versions.
+    fn files(&mut self) -> Result<BTreeSet<String>> {
+        let listed = self.machine()?.read("cd /opt/aops && find . -path './agents/*/*/*' -prune -o -print", ANSWER)?;
+        let neutral = |line: &str| {
+            let versions = MANAGERS.iter().chain(&RELEASES);
+            versions.fold(line.to_owned(), |line, version| line.replace(version, "VERSION"))
+        };
+        Ok(listed.lines().map(neutral).collect())
+    }
+}
+
+fn image<'a>(parts: &Parts<'a>, fleet: &Fleet) -> Image<'a> {
+    let mut image = Image::new(parts.root, parts.kernel);
+    image.copy("/root/aops", parts.executable, 0o755);
+    image.copy("/root/aops.pub", &fleet.depot().join("keys/aops.pub"), 0o644);
+    image.copy("/root/cert.pem", &fleet.depot().join("tls/cert.pem"), 0o644);
+    image.file(PROGRESS_PATH, PROGRESS, 0o755);
+    image.unit("upgrade-progress.service", PROGRESS_UNIT);
+    image
+}
+
+/// A release with files that cannot be compressed, and their checksums.
+fn sub_agent(version: &str) -> Package {
+    let mut package = Package::sleeper(CHANGED, version);
+    let mut sums = String::new();
+    let mut random = fastrand::Rng::with_seed(version.bytes().map(u64::from).sum());
+    for number in 0..FILES {
+        let name = format!("data/{number}");
+        let content: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(FILE_SIZE).collect();
+        sums += &format!("{}  {name}\n", sha256(&content));
+        package = package.with_file(&name, content, 0o644);
+    }
+    package.with_file("SUMS", sums, 0o644)
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Whether both roles run, and nothing is under way.
+fn is_settled(status: &Value) -> bool {
+    let agents = status["agents"].as_array().map(Vec::as_slice).unwrap_or_default();
+    matches!(status["state"].as_str(), Some("running" | "degraded"))
+        && status["upgrade"].is_null()
+        && pid(&status["spm"]["pid"]).is_some()
+        && pid(&status["spa"]["pid"]).is_some()
+        && agents.iter().all(|agent| agent["upgrade"].is_null())
+        && status["gateway"]["connected"] == true
+}
