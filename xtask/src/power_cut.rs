@@ -20,17 +20,19 @@ mod image;
 mod kernel;
 mod machine;
 mod progress;
+mod report;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
-use self::host::{Cut, Host, Parts, Plan, Release};
-use self::machine::NEEDS;
+use self::host::{Event, Host, Parts, Plan};
+pub(crate) use self::machine::NEEDS;
 use self::progress::Phase;
+use self::report::Report;
 use crate::command::{is_root, read, say};
 use crate::rootfs::Suite;
 use crate::{apt, dist, rootfs, workspace};
@@ -40,7 +42,10 @@ pub(crate) struct Arguments {
     /// The number of power cuts
     #[arg(long, value_name = "N", default_value_t = 10)]
     cuts: usize,
-    /// Draws the moments of the cuts [default: the clock]
+    /// The number of clock jumps of a day forward or back, half of them at a boot after a power cut
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    clock_jumps: usize,
+    /// Draws the moments [default: the clock]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// The number of machines that run at the same time
@@ -52,23 +57,6 @@ pub(crate) struct Arguments {
     /// The executable to install [default: the static one of `dist` is built]
     #[arg(long, value_name = "FILE")]
     executable: Option<PathBuf>,
-}
-
-/// What the cuts in one phase came to.
-#[derive(Default)]
-struct Count {
-    old: usize,
-    new: usize,
-    skipped: usize,
-    stranded: usize,
-}
-
-/// What all of them came to.
-#[derive(Default)]
-struct Tally {
-    phases: BTreeMap<Phase, Count>,
-    done: usize,
-    took: Vec<Duration>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -87,18 +75,25 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let seed = arguments
         .seed
         .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64));
-    say(&format!("power-cut: seed {seed}, {} with the kernel {}", arguments.suite.name(), kernel.release));
-    let tally = cut_all(&parts, plans(arguments.cuts, seed), arguments.machines)?;
-    let stranded: usize = tally.phases.values().map(|count| count.stranded).sum();
-    print!("{}", tally.table());
+    let suite = arguments.suite.name();
+    say(&format!("power-cut: seed {seed}, {suite} with the kernel {}", kernel.release));
+    let report = disturb_all(&parts, plans(arguments.cuts, arguments.clock_jumps, seed), arguments.machines)?;
+    let stranded = report.stranded();
+    print!("{}", report.table());
     println!(
-        "{} cuts, {stranded} stranded, in {} s; again with: cargo xtask power-cut --cuts {} --suite {} --seed {seed}",
-        tally.done,
+        "{} events, {stranded} stranded, in {} s; again with: cargo xtask power-cut --cuts {} --clock-jumps {} --suite {} --seed {seed}",
+        report.events(),
         started.elapsed().as_secs(),
         arguments.cuts,
-        arguments.suite.name(),
+        arguments.clock_jumps,
+        suite,
     );
     if stranded > 0 { bail!("{stranded} hosts were stranded") } else { Ok(()) }
+}
+
+/// Fetches the kernel that machines have unless another suite is chosen.
+pub(crate) fn fetch_kernel() -> Result<()> {
+    kernel::get(Suite::Bookworm).map(drop)
 }
 
 /// The given executable if it has the gateway, otherwise the one of `cargo build`.
@@ -107,27 +102,31 @@ fn gateway(executable: &Path) -> Result<PathBuf> {
     if asked.is_ok() { Ok(executable.to_owned()) } else { dist::gateway() }
 }
 
-/// The phases in a random order, each as often as any other, at a random moment of each.
-fn plans(cuts: usize, seed: u64) -> Vec<Plan> {
+/// The events in a random order. The phases are drawn like cards: each as often as any other, and a random moment of it.
+fn plans(cuts: usize, clock_jumps: usize, seed: u64) -> Vec<Plan> {
     let mut random = fastrand::Rng::with_seed(seed);
-    let mut bag = Vec::new();
-    let draw = |_| {
-        if bag.is_empty() {
-            bag = Phase::targets();
-            random.shuffle(&mut bag);
+    let jumps = [1, -1].map(|days| [Event::ClockJump(days), Event::PowerCutAndClock(days)]);
+    let jumps = jumps.into_iter().flatten().cycle().take(clock_jumps);
+    let mut events: Vec<_> = std::iter::repeat_n(Event::PowerCut, cuts).chain(jumps).collect();
+    random.shuffle(&mut events);
+    let mut cards = Vec::new();
+    let plan = |event| {
+        if cards.is_empty() {
+            cards = Phase::targets();
+            random.shuffle(&mut cards);
         }
-        let target = bag.pop()?;
-        Some(Plan { target, fraction: random.f64(), both: random.u8(0..4) == 0 })
+        let target = cards.pop()?;
+        Some(Plan { event, target, fraction: random.f64(), both: random.u8(0..4) == 0 })
     };
-    (0..cuts).map_while(draw).collect()
+    events.into_iter().map_while(plan).collect()
 }
 
-fn cut_all(parts: &Parts<'_>, plans: Vec<Plan>, machines: u16) -> Result<Tally> {
+fn disturb_all(parts: &Parts<'_>, plans: Vec<Plan>, machines: u16) -> Result<Report> {
     let total = plans.len();
     let machines = usize::from(machines).min(total);
     let queue: Mutex<VecDeque<Plan>> = Mutex::new(plans.into());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    let tally = Mutex::new(Tally::default());
+    let report = Mutex::new(Report::default());
     let work = || -> Result<()> {
         let mut host: Option<Host<'_>> = None;
         while let Some(plan) = next() {
@@ -135,15 +134,17 @@ fn cut_all(parts: &Parts<'_>, plans: Vec<Plan>, machines: u16) -> Result<Tally> 
                 Some(host) => host,
                 None => Host::new(parts)?,
             };
-            let outcome = current.cut(&plan);
-            let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
-            let line = tally.add(&plan, &outcome);
-            say(&format!("cut {} of {total}: {line}", tally.done));
+            let outcome = current.disturb(&plan);
+            let number = {
+                let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
+                let line = report.add(&plan, &outcome);
+                say(&format!("{} of {total}: {line}", report.events()));
+                report.events()
+            };
             match outcome {
                 Ok(_) => host = Some(current),
                 Err(error) => {
-                    let kept = keep(&current, tally.done);
-                    drop(tally);
+                    let kept = keep(&current, number);
                     println!("\nSTRANDED, {}: {error:#}\n{}\n{kept}", plan.target, current.logs());
                 }
             }
@@ -155,7 +156,7 @@ fn cut_all(parts: &Parts<'_>, plans: Vec<Plan>, machines: u16) -> Result<Tally> 
         let ended = workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| bail!("a thread has panicked")));
         ended.collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>>>()
     })?;
-    Ok(tally.into_inner().unwrap_or_else(PoisonError::into_inner))
+    Ok(report.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Keeps the disk of a stranded host, to boot it again; says where.
@@ -165,49 +166,5 @@ fn keep(host: &Host<'_>, number: usize) -> String {
     match copied.context("cannot keep its disk") {
         Ok(_) => format!("its disk as the cut left it: {}", kept.display()),
         Err(error) => format!("{error:#}"),
-    }
-}
-
-impl Tally {
-    fn add(&mut self, plan: &Plan, outcome: &Result<Cut>) -> String {
-        self.done += 1;
-        let phase = outcome.as_ref().map_or(plan.target, |cut| cut.phase);
-        let count = self.phases.entry(phase).or_default();
-        let Ok(cut) = outcome else {
-            count.stranded += 1;
-            return format!("{phase}: STRANDED");
-        };
-        let found = match cut.found {
-            Release::Old => {
-                count.old += 1;
-                "old release"
-            }
-            Release::New => {
-                count.new += 1;
-                "new release"
-            }
-        };
-        count.skipped += usize::from(cut.was_skipped);
-        self.took.push(cut.took);
-        let with = if plan.both { ", both ordered" } else { "" };
-        let skipped = if cut.was_skipped { ", skipped once" } else { "" };
-        format!("{phase}{with}: {found}{skipped}, recovered; {} s", cut.took.as_secs())
-    }
-
-    fn table(&self) -> String {
-        let mut table = format!(
-            "\n{:<28} {:>6} {:>6} {:>6} {:>8} {:>9}\n",
-            "power cut in the phase", "cuts", "old", "new", "skipped", "stranded"
-        );
-        for (phase, count) in &self.phases {
-            let Count { old, new, skipped, stranded } = count;
-            let cuts = old + new + stranded;
-            let name = phase.to_string();
-            table += &format!("{name:<28} {cuts:>6} {old:>6} {new:>6} {skipped:>8} {stranded:>9}\n");
-        }
-        let sum: Duration = self.took.iter().sum();
-        let mean = sum.as_secs_f64() / self.took.len().max(1) as f64;
-        let slowest = self.took.iter().max().map_or(0.0, Duration::as_secs_f64);
-        table + &format!("\nseconds for each cut: {mean:.0} on average, {slowest:.0} at most\n")
     }
 }

@@ -39,6 +39,9 @@ const BYSTANDER: &str = "bystander";
 const FILES: usize = 64;
 const FILE_SIZE: usize = 32 << 10;
 
+/// What a home has at rest once it has been upgraded, beside what an installation creates.
+const AFTER_UPGRADES: [&str; 3] = ["./bin/aops.prev", "./state/history.json", "./state/upgrade.json"];
+
 const PROGRESS: &str = include_str!("progress.sh");
 const PROGRESS_PATH: &str = "/usr/local/sbin/upgrade-progress";
 const PROGRESS_UNIT: &str = "[Unit]\nDescription=Phases of upgrades on the console\nDefaultDependencies=no\n\n[Service]\n\
@@ -53,11 +56,22 @@ pub(super) struct Parts<'a> {
     pub(super) kernel: &'a Kernel,
 }
 
-/// A moment at which the power is cut.
+/// What happens to a host in mid-upgrade.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Event {
+    PowerCut,
+    /// The clock is set so many days forward, or back.
+    ClockJump(i32),
+    /// A power cut, and at the boot the clock of the hardware is so many days ahead, or behind.
+    PowerCutAndClock(i32),
+}
+
+/// An event at a moment of an upgrade.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
+    pub(super) event: Event,
     pub(super) target: Phase,
-    /// The part of the target's usual time that passes before the cut, from 0 to 1.
+    /// The part of the target's usual time that passes before the event, from 0 to 1.
     pub(super) fraction: f64,
     /// The other change is ordered at the same time.
     pub(super) both: bool,
@@ -69,12 +83,12 @@ pub(super) enum Release {
     New,
 }
 
-/// What one cut came to.
+/// What one event came to.
 #[derive(Debug)]
-pub(super) struct Cut {
-    /// The phase of the targeted change at the cut.
+pub(super) struct Outcome {
+    /// The phase of the targeted change at the event.
     pub(super) phase: Phase,
-    /// The release in the first heartbeat after the boot.
+    /// The release in the first heartbeat after it.
     pub(super) found: Release,
     /// The new release was rolled back and skipped; it was ordered again.
     pub(super) was_skipped: bool,
@@ -100,7 +114,7 @@ pub(super) struct Host<'a> {
 }
 
 impl<'a> Host<'a> {
-    /// Installs the first releases in a new machine, and upgrades both once.
+    /// Installs the first releases in a new machine.
     pub(super) fn new(parts: &Parts<'a>) -> Result<Host<'a>> {
         let fleet = Fleet::new(parts.gateway)?;
         quietly(fleet.gateway("init").args(["--name", HOST_ADDRESS, "--name", "127.0.0.1"]))?;
@@ -134,16 +148,16 @@ impl<'a> Host<'a> {
         };
         host.write_order()?;
         host.fleet.start_gateway()?;
-        host.boot()?;
+        host.boot(None)?;
         host.install().with_context(|| format!("cannot install\n{}", host.logs()))?;
-        host.order(&CHANGES)?;
-        host.reached(Instant::now()).with_context(|| host.logs())?;
+        host.reached(Instant::now()).with_context(|| format!("the host does not run\n{}", host.logs()))?;
         host.usual = host.files()?;
+        host.usual.extend(AFTER_UPGRADES.map(str::to_owned));
         Ok(host)
     }
 
-    /// Orders an upgrade, cuts the power at the planned moment, boots, and checks all that must hold after it.
-    pub(super) fn cut(&mut self, plan: &Plan) -> Result<Cut> {
+    /// Orders an upgrade, disturbs it at the planned moment, and checks all that must hold after it.
+    pub(super) fn disturb(&mut self, plan: &Plan) -> Result<Outcome> {
         let started = Instant::now();
         let changes = if plan.both { CHANGES.to_vec() } else { vec![plan.target.change] };
         self.order(&changes)?;
@@ -153,21 +167,34 @@ impl<'a> Host<'a> {
         try_for(delay, || None::<()>);
         self.machine()?.is_running()?;
         let phase = self.progress.phase(plan.target.change);
-        self.machine.take().context("there is no machine")?.cut()?;
-        self.keep_disk()?;
 
-        let booted = Instant::now();
-        self.boot()?;
-        self.state_is_whole()?;
-        let found = self.first_release(plan.target.change, booted)?;
-        let mut was_skipped = self.reached(booted)?;
+        let happened = Instant::now();
+        match plan.event {
+            Event::PowerCut => self.cut(None)?,
+            Event::PowerCutAndClock(days) => self.cut(Some(days))?,
+            Event::ClockJump(days) => self.set_clock(days)?,
+        }
+        let found = self.first_release(plan.target.change, happened)?;
+        let mut was_skipped = self.reached(happened)?;
         self.check_files()?;
         if found == Release::New {
             self.order(&changes)?;
-            was_skipped |= self.reached(booted)?;
+            was_skipped |= self.reached(happened)?;
             self.check_files()?;
         }
-        Ok(Cut { phase, found, was_skipped, took: started.elapsed() })
+        Ok(Outcome { phase, found, was_skipped, took: started.elapsed() })
+    }
+
+    fn cut(&mut self, clock: Option<i32>) -> Result<()> {
+        self.machine.take().context("the machine does not run")?.cut()?;
+        self.keep_disk()?;
+        self.boot(clock)?;
+        self.state_is_whole()
+    }
+
+    /// In the guest alone.
+    fn set_clock(&mut self, days: i32) -> Result<()> {
+        self.machine()?.read(&format!("date -s '{days:+} day'"), ANSWER).map(drop)
     }
 
     /// Everything that helps to diagnose a failure.
@@ -194,8 +221,10 @@ impl<'a> Host<'a> {
         read(copy.args(["--sparse=always", "--"]).arg(&self.drives[0].file).arg(self.disk_after_cut())).map(drop)
     }
 
-    fn boot(&mut self) -> Result<()> {
-        let hardware = Hardware { kernel: self.kernel, drives: &self.drives, clock: None };
+    /// With the clock of the hardware so many days ahead, or behind.
+    fn boot(&mut self, clock: Option<i32>) -> Result<()> {
+        let date = |days| read(Command::new("date").args(["-u", "+%FT%T", "-d"]).arg(format!("{days:+} day")));
+        let hardware = Hardware { kernel: self.kernel, drives: &self.drives, clock: clock.map(date).transpose()? };
         self.progress.restart();
         self.machine = Some(Machine::boot(&self.directory, &hardware)?);
         Ok(())
@@ -217,6 +246,8 @@ impl<'a> Host<'a> {
 
     /// Orders the next release of each of these.
     fn order(&mut self, changes: &[Change]) -> Result<()> {
+        try_for(PATIENCE, || self.progress.is_idle().then_some(()))
+            .context("the guest does not show the end of an upgrade")?;
         for change in changes {
             match change {
                 Change::Manager => self.manager = (self.manager + 1) % MANAGERS.len(),
@@ -321,6 +352,7 @@ impl<'a> Host<'a> {
         let sum = self.machine()?.read(script, ANSWER).context("a release is damaged")?;
         ensure!(sum.starts_with(&self.executables[self.manager]), "bin/aops has the checksum {sum}");
         let now: BTreeSet<String> = self.files()?.difference(&self.usual).cloned().collect();
+        eprintln!("{now:?}");
         let stays: Vec<_> = now.intersection(&self.left_over).cloned().collect();
         ensure!(stays.is_empty(), "left over after a second upgrade: {}", stays.join(", "));
         self.left_over = now;

@@ -70,10 +70,6 @@ impl Phase {
     fn word(self) -> &'static str {
         self.change.phases()[self.number]
     }
-
-    pub(super) fn is_done(self) -> bool {
-        self == self.change.done()
-    }
 }
 
 impl fmt::Display for Phase {
@@ -89,11 +85,17 @@ pub(super) struct Progress {
     offset: u64,
     partial: String,
     now: BTreeMap<Change, (Phase, Instant)>,
+    /// What the last line says of each change.
+    last: BTreeMap<Change, String>,
     usual: BTreeMap<Phase, Duration>,
 }
 
-/// A phase that was not seen yet.
-const UNKNOWN: Duration = Duration::from_secs(1);
+/// What `progress.sh` writes without an upgrade.
+const IDLE: &str = "idle";
+/// Phases of several seconds, and all others; until they were seen once.
+const LONG: [&str; 2] = ["trial", "proof"];
+const LONG_USUALLY: Duration = Duration::from_secs(8);
+const SHORT_USUALLY: Duration = Duration::from_secs(2);
 
 impl Progress {
     pub(super) fn of(console: &Path) -> Progress {
@@ -102,6 +104,7 @@ impl Progress {
             offset: 0,
             partial: String::new(),
             now: BTreeMap::new(),
+            last: BTreeMap::new(),
             usual: BTreeMap::new(),
         }
     }
@@ -111,6 +114,13 @@ impl Progress {
         self.offset = 0;
         self.partial.clear();
         self.now.clear();
+        self.last.clear();
+    }
+
+    /// Whether the guest has shown that nothing is upgraded. It may show it later than the manager reports it.
+    pub(super) fn is_idle(&mut self) -> bool {
+        self.read();
+        CHANGES.iter().all(|change| self.last.get(change).is_some_and(|word| word == IDLE))
     }
 
     /// An upgrade is about to be ordered.
@@ -126,7 +136,8 @@ impl Progress {
 
     /// How long a phase took in the last upgrade that had it.
     pub(super) fn usual(&self, phase: Phase) -> Duration {
-        self.usual.get(&phase).copied().unwrap_or(UNKNOWN)
+        let first = if LONG.contains(&phase.word()) { LONG_USUALLY } else { SHORT_USUALLY };
+        self.usual.get(&phase).copied().unwrap_or(first)
     }
 
     fn read(&mut self) {
@@ -143,6 +154,7 @@ impl Progress {
             self.partial = rest;
             if let Some(words) = line.strip_prefix("@ ") {
                 for (change, word) in CHANGES.into_iter().zip(words.split(' ')) {
+                    self.last.insert(change, word.to_owned());
                     self.enter(change, word, Instant::now());
                 }
             }
@@ -152,8 +164,8 @@ impl Progress {
     fn enter(&mut self, change: Change, word: &str, at: Instant) {
         let (before, since) = self.now.get(&change).copied().unwrap_or((change.ordered(), at));
         let phase = match word {
-            "idle" if before == change.ordered() => before,
-            "idle" => change.done(),
+            IDLE if before == change.ordered() => before,
+            IDLE => change.done(),
             word => match change.phases().iter().position(|name| *name == word) {
                 Some(number) => Phase { change, number },
                 None => return,
@@ -185,7 +197,8 @@ mod tests {
         assert_eq!(progress.phase(Change::Manager).to_string(), "self-upgrade: trial");
         assert_eq!(progress.phase(Change::SubAgent).to_string(), "sub-agent: stopping");
         std::fs::write(&console, text + "ation\r\n").unwrap();
-        assert!(progress.phase(Change::Manager).is_done());
+        assert_eq!(progress.phase(Change::Manager), Change::Manager.done());
+        assert!(!progress.is_idle());
         assert_eq!(progress.phase(Change::SubAgent).to_string(), "sub-agent: probation");
         progress.begin(Change::Manager);
         assert_eq!(progress.phase(Change::Manager), Change::Manager.ordered());
