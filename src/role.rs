@@ -214,8 +214,8 @@ pub fn log_restored(restored: &Result<Vec<PathBuf>>) {
 
 /// Records that this process has the role; counts a restart if its predecessor in this boot did not exit orderly.
 ///
-/// If the record cannot be written, as on a full disk, the role starts nevertheless: no manager would be worse. [`retry_announce`] retries
-/// it.
+/// The record is of this boot, so it is not synced. If it cannot be written, as on a full disk, the role starts nevertheless: no manager
+/// would be worse. [`retry_announce`] retries it.
 pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
     let boot_id = platform::boot_id().to_owned();
     let restarts = match recorded_holder(home, role) {
@@ -225,7 +225,7 @@ pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
     let pid = std::process::id();
     let start_time = platform::start_time(pid).context("cannot read the start time of this process")?;
     let holder = RoleHolder { pid, start_time, boot_id, restarts, ended: false };
-    if let Err(error) = store::save(&record(home, role), &holder) {
+    if let Err(error) = store::save_unsynced(&record(home, role), &holder) {
         tracing::error!(
             error = format!("{error:#}"),
             "cannot record that this process has the role; the role starts, and the write is retried"
@@ -236,7 +236,7 @@ pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
 
 /// Retries a failed [`announce`].
 pub fn retry_announce(home: &Home, role: Role, own: &RoleHolder) {
-    if recorded_holder(home, role).as_ref() != Some(own) && store::save(&record(home, role), own).is_ok() {
+    if recorded_holder(home, role).as_ref() != Some(own) && store::save_unsynced(&record(home, role), own).is_ok() {
         tracing::info!("the record of this process, which could not be written before, is written now");
     }
 }
@@ -244,7 +244,7 @@ pub fn retry_announce(home: &Home, role: Role, own: &RoleHolder) {
 /// Records that this process gives up its role orderly.
 pub fn record_exit(home: &Home, role: Role, holder: &RoleHolder) {
     let last = RoleHolder { ended: true, ..holder.clone() };
-    if let Err(error) = store::save(&record(home, role), &last) {
+    if let Err(error) = store::save_unsynced(&record(home, role), &last) {
         tracing::warn!(
             error = format!("{error:#}"),
             "cannot record that the role exits as intended; its next start will count as a restart after a failure"
