@@ -4,15 +4,16 @@
 //! have been withdrawn meanwhile, so each activation checks it again, against the committed epoch and the keys trusted now.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::keys::{Key, Keys};
 use crate::core::model::Digest;
 use crate::home::COMPLETE;
-use crate::store;
+use crate::{platform, store};
 
 /// The content of `.complete` in a release directory: the package that was unpacked there completely.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,11 +76,17 @@ pub fn load_completed(release_dir: &Path) -> Result<Completed> {
     }
 }
 
-/// Removes a release: first its `.complete`, so that it no longer counts, then the rest.
+/// Removes a release, if it exists: first its `.complete`, so that it no longer counts, then the rest. After a power cut in between,
+/// `.complete` does not return to a damaged release.
 pub fn discard(release_dir: &Path) -> Result<()> {
     store::ensure_nothing_mounted(release_dir)?;
     store::remove(&release_dir.join(COMPLETE))?;
-    store::remove_tree(release_dir)
+    match platform::sync_directory(release_dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot sync {}", release_dir.display()))
+        }
+        _ => store::remove_tree(release_dir),
+    }
 }
 
 #[cfg(test)]
