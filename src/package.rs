@@ -427,7 +427,7 @@ impl VerifiedTree {
     }
 
     /// Moves the tree to the release directory, which must be on the same file system. Replaces an incomplete release; a complete one at
-    /// that path is an error.
+    /// that path is an error. Survives a power cut: the tree is synced before `.complete` is written.
     pub fn move_to(mut self, to: &Path) -> Result<()> {
         let attempt = || -> Result<()> {
             let parent = to.parent().context("it has no parent directory")?;
@@ -440,7 +440,10 @@ impl VerifiedTree {
             if fs::symlink_metadata(to.join(COMPLETE)).is_ok() {
                 bail!("a complete release already exists there");
             }
-            store::remove_tree(to)?;
+            completion::discard(to)?;
+            // After the directory of releases was created: its name is synced, too.
+            platform::sync_tree(self.path())
+                .map_err(|error| fetch::unwritable(error, self.path().parent().unwrap_or(self.path())))?;
             fs::rename(self.path(), to).with_context(|| {
                 format!("cannot rename {} (both paths must be on one file system)", self.path().display())
             })?;

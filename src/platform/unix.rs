@@ -268,14 +268,21 @@ pub fn make_symlink(target: &Path, link: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, link)
 }
 
+/// Makes a file's content survive a power cut.
+pub fn sync_file(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
 /// Makes everything in a directory survive a power cut, with one call for its whole file system instead of one per file.
 pub fn sync_tree(directory: &Path) -> io::Result<()> {
     let opened = File::open(directory)?;
     #[cfg(target_os = "linux")]
-    rustix::fs::syncfs(&opened)?;
+    return Ok(rustix::fs::syncfs(&opened)?);
     #[cfg(not(target_os = "linux"))]
-    rustix::fs::sync();
-    opened.sync_all()
+    {
+        rustix::fs::sync();
+        opened.sync_all()
+    }
 }
 
 /// Creates a file with these permission bits, less the umask. Fails if it exists.

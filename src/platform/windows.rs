@@ -171,6 +171,11 @@ pub fn make_symlink(_target: &Path, _link: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "symbolic links in packages are not supported on Windows"))
 }
 
+/// Makes a file's content survive a power cut. Windows flushes only files that are open for writing.
+pub fn sync_file(path: &Path) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(path)?.sync_all()
+}
+
 /// Makes every file below a directory survive a power cut.
 pub fn sync_tree(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
@@ -179,7 +184,7 @@ pub fn sync_tree(directory: &Path) -> io::Result<()> {
         if kind.is_dir() {
             sync_tree(&entry.path())?;
         } else if kind.is_file() {
-            fs::OpenOptions::new().write(true).open(entry.path())?.sync_all()?;
+            sync_file(&entry.path())?;
         }
     }
     Ok(())

@@ -58,11 +58,9 @@ impl<'a> TreeWriter<'a> {
         }
     }
 
-    /// Completes the tree: sets the root's mode and syncs all content to disk.
+    /// Completes the tree: sets the root's mode. It is not synced: only what is kept of it needs to be.
     pub(super) fn finish(&self) -> Result<()> {
-        platform::set_mode(&self.root, DIRECTORY_MODE)
-            .and_then(|()| platform::sync_tree(&self.root))
-            .map_err(|error| self.unwritable(error))
+        platform::set_mode(&self.root, DIRECTORY_MODE).map_err(|error| self.unwritable(error))
     }
 
     fn directory(&mut self, path: &str) -> Result<()> {
