@@ -8,6 +8,7 @@
 //!
 //! Each name points to an image, an executable in `bin`: usually `aops`; during a trial, some roles stay on the backup.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -48,22 +49,26 @@ impl ExecutableName {
 pub fn replace(home: &Home, new: &Path) -> Result<()> {
     let path = home.executable();
     let attempt = || -> std::io::Result<()> {
-        std::fs::File::open(new)?.sync_all()?;
+        platform::sync_file(new)?;
         platform::replace_executable(new, &path)?;
         platform::sync_directory(&home.bin())
     };
     attempt().with_context(|| format!("cannot replace {} with the new executable", path.display()))
 }
 
-/// Points these names to `image`, an executable in `bin`. It may be repeated.
+/// Points these names to `image`, an executable in `bin`. It may be repeated. Synced to disk on return.
 pub fn point(home: &Home, names: &[ExecutableName], image: &Path) -> Result<()> {
+    let mut directories = BTreeSet::new();
     for name in names {
         let link = name.path(home);
         // Relative, so that the home can be moved.
         let target = link.parent().and_then(|directory| image.strip_prefix(directory).ok()).unwrap_or(image);
         platform::replace_link(target, &link).with_context(|| format!("cannot create the link {}", link.display()))?;
+        directories.extend(link.parent().map(Path::to_owned));
     }
-    Ok(())
+    directories.iter().try_for_each(|directory| {
+        platform::sync_directory(directory).with_context(|| format!("cannot sync {}", directory.display()))
+    })
 }
 
 #[cfg(test)]

@@ -11,13 +11,13 @@
 //! bin/.aops.next           a temporary file that is renamed to bin/aops or bin/aops.prev
 //! ```
 //!
-//! Before each step, the directories are synced: the previous step may have been interrupted before it did so.
+//! Before the first step of a session, the directories are synced: the previous session may have been interrupted before it did so.
 
 mod programs;
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -34,7 +34,6 @@ use crate::core::upgrade::{
 };
 use crate::home::Home;
 use crate::lock::{self, LockGuard};
-use crate::store::Access;
 use crate::{platform, store};
 
 pub use programs::{Programs, which};
@@ -60,6 +59,8 @@ pub struct UpgradeSession {
     home: Home,
     record: UpgradeRecord,
     is_recorded: bool,
+    /// The directories in which an earlier session or a failed step may have renamed what is not on the disk yet.
+    unsynced: Vec<PathBuf>,
     _lock: LockGuard,
 }
 
@@ -97,7 +98,13 @@ impl UpgradeSession {
     /// Locks and loads the record; `None`: another process still holds the lock after `timeout`.
     pub fn open(home: &Home, timeout: Duration) -> Result<Option<UpgradeSession>> {
         let Some(lock) = lock::take(&home.upgrade_lock(), timeout)? else { return Ok(None) };
-        Ok(Some(UpgradeSession { home: home.clone(), record: load(home)?, is_recorded: true, _lock: lock }))
+        Ok(Some(UpgradeSession {
+            home: home.clone(),
+            record: load(home)?,
+            is_recorded: true,
+            unsynced: directories(home),
+            _lock: lock,
+        }))
     }
 
     pub fn record(&self) -> &UpgradeRecord {
@@ -225,10 +232,19 @@ impl UpgradeSession {
     }
 
     fn attempt(&mut self, step: UpgradeStep, staged: Option<&Path>) -> Result<()> {
-        let home = self.home.clone();
-        for directory in [home.bin(), home.root().to_owned(), home.state()] {
-            platform::sync_directory(&directory).with_context(|| format!("cannot sync {}", directory.display()))?;
+        while let Some(directory) = self.unsynced.last() {
+            platform::sync_directory(directory).with_context(|| format!("cannot sync {}", directory.display()))?;
+            self.unsynced.pop();
         }
+        let outcome = self.execute(step, staged);
+        if outcome.is_err() {
+            self.unsynced = directories(&self.home);
+        }
+        outcome
+    }
+
+    fn execute(&mut self, step: UpgradeStep, staged: Option<&Path>) -> Result<()> {
+        let home = self.home.clone();
         match step {
             UpgradeStep::Save => {
                 self.reserve()?;
@@ -239,8 +255,8 @@ impl UpgradeSession {
                 self.change(UpgradeRecord::forget_previous)?;
                 copy(&home, &home.executable(), &home.backup_executable(), CopyMethod::Link)
             }
-            UpgradeStep::LinkToBackup => self.point(&home.backup_executable()),
-            UpgradeStep::LinkToExecutable => self.point(&home.executable()),
+            UpgradeStep::LinkToBackup => executable::point(&home, ON_BACKUP, &home.backup_executable()),
+            UpgradeStep::LinkToExecutable => executable::point(&home, ON_BACKUP, &home.executable()),
             UpgradeStep::Swap => {
                 let staged = staged.context("the staged executable is missing")?;
                 let next = home.next_executable();
@@ -252,14 +268,6 @@ impl UpgradeSession {
             UpgradeStep::RecordRelease(which) => self.record_release(which),
             _ => Ok(()),
         }
-    }
-
-    fn point(&self, image: &Path) -> Result<()> {
-        executable::point(&self.home, ON_BACKUP, image)?;
-        for directory in [self.home.bin(), self.home.root().to_owned()] {
-            platform::sync_directory(&directory).with_context(|| format!("cannot sync {}", directory.display()))?;
-        }
-        Ok(())
     }
 
     fn apply(&mut self, change: RecordChange) -> Result<()> {
@@ -310,12 +318,20 @@ impl UpgradeSession {
             outcome => outcome?,
         }
         self.is_recorded = true;
+        self.unsynced.retain(|directory| *directory != self.home.state());
         Ok(())
     }
 
+    /// Its sync makes the file system allocate the space now. Nothing reads the file, so it need not survive a power cut.
     fn reserve(&self) -> Result<()> {
         let path = self.home.upgrade_reserve();
-        store::replace(&path, &[0xA5; RESERVE_BYTES], Access::Private)
+        let attempt = || -> std::io::Result<()> {
+            let mut file = platform::open_private(&path)?;
+            file.write_all(&[0xA5; RESERVE_BYTES])?;
+            file.sync_data()
+        };
+        attempt()
+            .with_context(|| format!("cannot write {}", path.display()))
             .context("not enough disk space for an upgrade; free some space")
     }
 
@@ -327,6 +343,11 @@ impl UpgradeSession {
         }
         is_released
     }
+}
+
+/// The directories that the steps change.
+fn directories(home: &Home) -> Vec<PathBuf> {
+    vec![home.state(), home.root().to_owned(), home.bin()]
 }
 
 fn installed(trial: &Trial, manager: Option<&ManagerRecord>) -> WhichRelease {
