@@ -182,6 +182,9 @@ pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
             .with_context(|| format!("cannot create {}", directory.display()))?;
         created.push(directory);
     }
+    if !created.is_empty() {
+        platform::sync_directory(home.root()).with_context(|| format!("cannot sync {}", home.root().display()))?;
+    }
     Ok(created)
 }
 

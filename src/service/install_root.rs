@@ -70,6 +70,8 @@ impl InstallRoot {
                 let to_be = self.home.directories().into_iter().map(|(path, _)| path);
                 let missing = to_be.filter(|path| path.symlink_metadata().is_err());
                 let noted: Vec<PathBuf> = self.created.iter().cloned().chain(missing).collect();
+                // The work directory, in which the record is.
+                sync(self.home.root())?;
                 store::save(&self.home.install_journal(), &noted)
             }
         }
@@ -109,6 +111,10 @@ impl InstallRoot {
             let mode = if directory == path { mode } else { 0o755 };
             platform::set_mode(directory, mode)
                 .with_context(|| format!("cannot set the mode of {}", directory.display()))?;
+            // The names in the home are synced with its links.
+            if let Some(parent) = directory.parent().filter(|parent| !parent.starts_with(self.home.root())) {
+                sync(parent)?;
+            }
         }
         if !path.is_dir() {
             bail!("cannot create the directory {}: a file of this name exists; remove it", path.display());
@@ -141,6 +147,10 @@ impl InstallRoot {
     pub(super) fn commit(mut self) {
         self.keep_created();
     }
+}
+
+fn sync(directory: &Path) -> Result<()> {
+    platform::sync_directory(directory).with_context(|| format!("cannot sync {}", directory.display()))
 }
 
 /// Rejects a home that other users can change, also the files that an installation reads or runs there.

@@ -1,6 +1,7 @@
 //! Copies of the files that an installation replaces. [`Undo::roll_back`] restores them in the opposite order. Files that cannot be
 //! restored are retained in a directory whose name begins with `kept-`, until an installation succeeds.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,17 @@ enum SavedPath {
         path: PathBuf,
         copy: PathBuf,
     },
+}
+
+impl SavedPath {
+    fn path(&self) -> &Path {
+        match self {
+            SavedPath::Nothing(path)
+            | SavedPath::File { path, .. }
+            | SavedPath::Link { path, .. }
+            | SavedPath::Directory { path, .. } => path,
+        }
+    }
 }
 
 impl Undo {
@@ -81,9 +93,16 @@ impl Undo {
     /// Restores every saved path. The error lists those that cannot be restored, and the directory in which they are retained.
     pub(super) fn roll_back(self) -> Result<()> {
         let mut failures = Vec::new();
-        for saved in self.saved.iter().rev() {
-            if let Err(error) = restore(saved) {
-                failures.push(format!("{error:#}"));
+        let mut changed = BTreeSet::new();
+        for saved in self.saved.iter().rev().filter(|saved| !is_unchanged(saved)) {
+            match restore(saved) {
+                Ok(()) => changed.extend(saved.path().parent().map(Path::to_owned)),
+                Err(error) => failures.push(format!("{error:#}")),
+            }
+        }
+        for directory in changed {
+            if let Err(error) = platform::sync_directory(&directory) {
+                failures.push(format!("cannot sync {}: {error}", directory.display()));
             }
         }
         if failures.is_empty() {
@@ -120,25 +139,16 @@ pub(super) fn has_retained(work: &Path) -> bool {
     fs::read_dir(work).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|entry| is_retained(&entry.path()))))
 }
 
-/// Creates a hard link to a file or, on a file system without hard links, a copy.
+/// Creates a hard link to a file or, on a file system without hard links, a synced copy.
 fn link_or_copy(from: &Path, to: &Path) -> std::io::Result<()> {
     if fs::hard_link(from, to).is_err() {
         fs::copy(from, to)?;
+        platform::sync_file(to)?;
     }
     Ok(())
 }
 
 fn restore(saved: &SavedPath) -> Result<()> {
-    let path = match saved {
-        SavedPath::Nothing(path)
-        | SavedPath::File { path, .. }
-        | SavedPath::Link { path, .. }
-        | SavedPath::Directory { path, .. } => path,
-    };
-    // An unchanged path is not touched: perhaps it cannot be changed at all.
-    if is_unchanged(saved) {
-        return Ok(());
-    }
     let attempt = || -> Result<()> {
         match saved {
             SavedPath::Nothing(path) if path.is_dir() && !path.is_symlink() => store::remove_tree(path)?,
@@ -146,6 +156,7 @@ fn restore(saved: &SavedPath) -> Result<()> {
             SavedPath::File { path, copy } => platform::replace_executable(copy, path)?,
             SavedPath::Link { path, target } => platform::replace_link(target, path)?,
             SavedPath::Directory { path, copy } => {
+                platform::sync_directory(copy)?;
                 store::remove_tree(path)?;
                 fs::rename(copy, path)?;
             }
@@ -158,11 +169,11 @@ fn restore(saved: &SavedPath) -> Result<()> {
             SavedPath::Nothing(_) | SavedPath::Link { .. } => None,
         };
         let number = copy.map(|name| format!(" (kept as {})", name.display())).unwrap_or_default();
-        format!("cannot restore {}{number}", path.display())
+        format!("cannot restore {}{number}", saved.path().display())
     })
 }
 
-/// Whether a path is in its saved state; a directory counts as changed.
+/// Whether a path is in its saved state, and is not touched: perhaps it cannot be changed at all. A directory counts as changed.
 fn is_unchanged(saved: &SavedPath) -> bool {
     match saved {
         SavedPath::Nothing(path) => path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound),
