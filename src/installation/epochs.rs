@@ -42,9 +42,10 @@ impl Epochs {
         }
     }
 
-    /// Creates the file of a new home.
-    pub fn create(home: &Home) -> Result<()> {
-        Epochs::default().save(home)
+    /// Creates the file of a new home, with the epochs of the first releases.
+    pub fn create<'a>(home: &Home, releases: impl IntoIterator<Item = (&'a str, u64)>) -> Result<()> {
+        let _lock = trust::lock(home)?;
+        Epochs::default().after(home, releases, false).save(home)
     }
 
     /// Commits the epoch of a release of this name on disk. Several processes may commit at the same time.
@@ -59,19 +60,28 @@ impl Epochs {
         has_ledger: bool,
     ) -> Result<()> {
         let _lock = trust::lock(home)?;
-        let mut epochs = Epochs::load(home)?;
-        let before = epochs.clone();
-        if !epochs.has_keyring() && home.keyring().exists() {
-            epochs.form = WITH_KEYRING;
+        let before = Epochs::load(home)?;
+        let epochs = before.clone().after(home, releases, has_ledger);
+        if epochs == before { Ok(()) } else { epochs.save(home) }
+    }
+
+    fn after<'a>(
+        mut self,
+        home: &Home,
+        releases: impl IntoIterator<Item = (&'a str, u64)>,
+        has_ledger: bool,
+    ) -> Epochs {
+        if !self.has_keyring() && home.keyring().exists() {
+            self.form = WITH_KEYRING;
         }
         // Each form includes the files of the previous ones.
-        if has_ledger && epochs.has_keyring() {
-            epochs.form = epochs.form.max(WITH_LEDGER);
+        if has_ledger && self.has_keyring() {
+            self.form = self.form.max(WITH_LEDGER);
         }
         for (name, epoch) in releases {
-            epochs.raise(name, epoch);
+            self.raise(name, epoch);
         }
-        if epochs == before { Ok(()) } else { epochs.save(home) }
+        self
     }
 
     /// Whether the ledger of releases must exist.
@@ -120,7 +130,7 @@ mod tests {
     #[test]
     fn concurrent_commits_are_not_lost() {
         let (_directory, home) = home();
-        Epochs::create(&home).unwrap();
+        Epochs::create(&home, []).unwrap();
         let names: Vec<Vec<String>> = (0..4).map(|one| (0..8).map(|n| format!("agent-{one}-{n}")).collect()).collect();
         std::thread::scope(|scope| {
             for names in &names {
@@ -144,7 +154,7 @@ mod tests {
     #[test]
     fn a_ledger_is_expected_after_one_was_on_disk_with_a_keyring() {
         let (_directory, home) = home();
-        Epochs::create(&home).unwrap();
+        Epochs::create(&home, []).unwrap();
         Epochs::commit_all(&home, [("a", 1)], true).unwrap();
         assert!(!Epochs::load(&home).unwrap().expects_ledger(), "the later form would imply a keyring");
         std::fs::write(home.keyring(), "{}").unwrap();

@@ -138,15 +138,15 @@ pub fn trusted(home: &Home) -> Result<Keys> {
 /// for the operator. `keeps`: the keys of the existing installation are kept.
 pub fn install(home: &Home, keeps: bool, given: &Keys, carried: &Keys, offer: &KeyOffer) -> Result<Vec<String>> {
     let _lock = trust::lock(home)?;
-    let existing = if keeps { Keyring::load(home)? } else { Keyring::default() };
+    let existing = if keeps { Some(Keyring::load(home)?) } else { None };
     if !keeps {
         // Files of a killed installation would count as the operator's.
         Keys::files(&home.keys())?.iter().try_for_each(|file| store::remove(file))?;
     }
-    let (ring, accepted) = existing.installed(given, carried, &Keys::load(&home.keys())?);
+    let (ring, accepted) = existing.clone().unwrap_or_default().installed(given, carried, &Keys::load(&home.keys())?);
     // In this order, a crash leaves no file of the bootstrap that is not listed as brought, and no key without both.
     given.save_to(&home.keys())?;
-    ring.save(home)?;
+    ring.save_change(home, existing.as_ref())?;
     accepted.save_to(&home.keys())?;
     commit(home, offer)
 }
@@ -158,20 +158,21 @@ pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
     let _lock = trust::lock(home)?;
     let ring = Keyring::load(home)?;
     let merged = ring.clone().merged(before);
-    if merged == ring { Ok(()) } else { merged.save(home) }
+    merged.save_change(home, Some(&ring))
 }
 
 /// Applies an offer; returns remarks for the operator. It may be repeated. The caller holds the trust lock.
 fn commit(home: &Home, offer: &KeyOffer) -> Result<Vec<String>> {
-    let (ring, remarks) = Keyring::load(home)?.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
+    let existing = Keyring::load(home)?;
+    let (ring, remarks) = existing.clone().after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
     // In this order, a crash leaves no file of a brought key that would count as the operator's.
-    ring.save(home)?;
+    ring.save_change(home, Some(&existing))?;
     for file in Keys::files(&home.keys())? {
         if Keys::read(&file)?.iter().all(|key| ring.is_revoked(key) && ring.is_brought(key)) {
             store::remove(&file)?;
         }
     }
-    ring.without_revoked(&Keys::load(&home.keys())?).save(home)?;
+    ring.clone().without_revoked(&Keys::load(&home.keys())?).save_change(home, Some(&ring))?;
     Ok(remarks)
 }
 
@@ -199,6 +200,12 @@ impl Keyring {
             ring.bring(key, "an earlier installation");
         }
         ring
+    }
+
+    /// Saves it unless it equals the one on the disk. A home of an older version has none yet.
+    fn save_change(&self, home: &Home, existing: Option<&Keyring>) -> Result<()> {
+        let is_same = existing == Some(self) && home.keyring().exists();
+        if is_same { Ok(()) } else { self.save(home) }
     }
 
     fn save(&self, home: &Home) -> Result<()> {

@@ -145,11 +145,13 @@ fn write_records(
     let home = &plan.home;
     write_keys(plan, fetched, undo)?;
     // The epochs of an existing home only grow and are not rolled back: its running manager may commit others meanwhile.
-    if !plan.keeps() {
+    let epoch = fetched.release.manager.epoch;
+    if plan.keeps() {
+        Epochs::commit(home, MANAGER_PACKAGE, epoch)?;
+    } else {
         undo.save(&home.epochs())?;
-        Epochs::create(home)?;
+        Epochs::create(home, [(MANAGER_PACKAGE, epoch)])?;
     }
-    Epochs::commit(home, MANAGER_PACKAGE, fetched.release.manager.epoch)?;
     for path in [home.manager_record(), home.install_record()] {
         undo.save(&path)?;
     }

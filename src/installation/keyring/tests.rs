@@ -189,7 +189,7 @@ fn keys_of_a_killed_installation_are_removed() {
     assert!(trusts(&new) && !trusts(&carried));
     // A key that an operator adds to an existing home is the operator's.
     mistaken.save_to(&home.keys()).unwrap();
-    crate::installation::Epochs::create(&home).unwrap();
+    crate::installation::Epochs::create(&home, []).unwrap();
     install(&home, true, &none(), &none(), &KeyOffer::default()).unwrap();
     assert!(trusts(&mistaken));
 }

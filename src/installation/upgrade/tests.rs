@@ -29,7 +29,7 @@ fn test_home() -> TestHome {
         platform::set_mode(&path, 0o755).unwrap();
     }
     executable::point(&home, ExecutableName::ALL, &home.executable()).unwrap();
-    Epochs::create(&home).unwrap();
+    Epochs::create(&home, []).unwrap();
     let image = |version: &str, digit: &str, path: &Path, epoch| Image {
         version: version.parse().unwrap(),
         sha256: digit.repeat(64).parse().unwrap(),
