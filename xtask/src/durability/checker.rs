@@ -13,17 +13,18 @@ use std::path::{Path, PathBuf};
 use super::disk::{Disk, Fate, Item, Snapshot};
 use super::event::{Event, Moment, Outcome, Recording};
 use super::layout::Layout;
+use super::order::is_installer;
 use super::records::Record;
 use super::rule::Rule;
 use crate::trace::Change;
 
-/// A process that takes this lock does not know whether the one that held it before has synced what it had renamed: it may have been killed
+/// A thread that takes this lock does not know whether the one that held it before has synced what it had renamed: it may have been killed
 /// in between. So its first sync of a directory under the lock is needed, even if in this recording nothing was left to save.
 const LOCK_OF_RECOVERY: &str = "run/upgrade.lock";
 
-/// The installer writes a few settings in a row, each by the one function that also syncs the directory: two syncs too many in an
-/// installation are the price for none that is forgotten.
-const SINGLY_WRITTEN: &str = "etc";
+/// The installer writes a few settings and records in a row, each by the one function that also syncs its directory: a few syncs too many in
+/// an installation are the price for none that is forgotten.
+const WRITTEN_SINGLY: [&str; 2] = ["etc", "state"];
 
 /// A rule that a recording breaks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +55,7 @@ pub(super) struct Checker<'a> {
     /// The names that each thread has created since its last act that announces.
     fresh: BTreeMap<i32, Vec<(PathBuf, usize)>>,
     syncs: BTreeMap<usize, SyncRecord>,
-    /// What each process knows to be on the disk.
+    /// What each thread knows to be on the disk.
     known: BTreeMap<i32, Known>,
 }
 
@@ -128,7 +129,7 @@ impl Checker<'_> {
         let (process, thread) = (event.call.process, event.call.thread);
         match event.change() {
             Change::Lock(path) if self.layout.is(path, LOCK_OF_RECOVERY) => {
-                self.known.insert(process, Known { has_lock: true, synced: BTreeSet::new() });
+                self.known.insert(thread, Known { has_lock: true, synced: BTreeSet::new() });
             }
             Change::Sync(_) | Change::SyncFileSystem(_) => self.synced(index),
             change => {
@@ -149,7 +150,6 @@ impl Checker<'_> {
 
     fn synced(&mut self, index: usize) {
         let event = &self.events[index];
-        let process = event.call.process;
         let (Change::Sync(path) | Change::SyncFileSystem(path)) = event.change() else { return };
         let Some(mut sync) = self.syncs.remove(&index) else { return };
         let saved = self.disk.save(&sync.snapshot, index);
@@ -167,7 +167,7 @@ impl Checker<'_> {
         }
         sync.saved_by_another = sync.snapshot.iter().any(|(item, _)| self.is_saved_by_another(item, index));
         sync.has_ended = true;
-        let known = self.known.entry(process).or_default();
+        let known = self.known.entry(event.call.thread).or_default();
         sync.recovers = known.synced.insert(path.clone()) && known.has_lock;
         self.syncs.insert(index, sync);
         self.report.syncs += 1;
@@ -229,7 +229,9 @@ impl Checker<'_> {
                 || (sync.saved == 0 && sync.recovers)
                 || sync.saved_by_another
                 || self.layout.is_reserve(path)
-                || (self.is_installer(index) && self.layout.is(path, SINGLY_WRITTEN));
+                || (is_installer(event)
+                    && sync.lost == 0
+                    && WRITTEN_SINGLY.iter().any(|place| self.layout.is(path, place)));
             let why = if is_needed {
                 continue;
             } else if sync.saved == 0 {
@@ -251,6 +253,8 @@ impl Checker<'_> {
     /// Whether another thread, another process or the next start may act on what this thread did before.
     fn announces(&self, event: &Event) -> bool {
         match event.change() {
+            // An installation announces its files with its own record alone.
+            Change::Rename { to, .. } if is_installer(event) => self.layout.announces_installation(to),
             Change::Rename { to, .. } => self.layout.announces(to),
             Change::Message(_) | Change::Start | Change::Execute(_) | Change::Signal { .. } | Change::Exit => true,
             _ => false,

@@ -1,6 +1,6 @@
 //! A model of the home's file system: which contents and names a power cut would lose now, and which sync has saved the others.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::trace::Change;
@@ -41,6 +41,7 @@ pub(super) struct Disk {
     names: BTreeMap<PathBuf, usize>,
     files: usize,
     links: BTreeMap<usize, PathBuf>,
+    directories: BTreeSet<usize>,
     items: BTreeMap<Item, Changed>,
     /// Not read by the checker yet.
     fates: Vec<Fate>,
@@ -66,7 +67,8 @@ impl Disk {
                 self.change(Item::Content(file), changed(false));
             }
             Change::Directory(path) => {
-                self.new_file(path);
+                let file = self.new_file(path);
+                self.directories.insert(file);
                 self.change(Item::Name(path.clone()), changed(false));
             }
             Change::Remove(path) => {
@@ -160,6 +162,11 @@ impl Disk {
 
     pub(super) fn exists(&self, path: &Path) -> bool {
         self.names.contains_key(path)
+    }
+
+    /// Whether a file is a directory that was created in this recording.
+    pub(super) fn is_directory(&self, file: usize) -> bool {
+        self.directories.contains(&file)
     }
 
     pub(super) fn content_of(&self, path: &Path) -> Option<Item> {

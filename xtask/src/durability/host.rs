@@ -110,9 +110,14 @@ impl Host {
             status["version"] == MANAGERS[1] && problems(status).contains(MANAGERS[2])
         })?;
 
-        self.begin("an installation over the running home");
+        self.begin("an installation's roll back");
         self.manager = None;
         self.order()?;
+        let code = self.try_install(MANAGERS[2])?;
+        ensure!(code == 1, "the installation of a bad manager ends with exit code {code}");
+        self.wait("the previous manager", |status| status["version"] == MANAGERS[1])?;
+
+        self.begin("an installation over the running home");
         self.install(INSTALLED)?;
         self.wait("the new manager", |status| status["version"] == INSTALLED)?;
 
@@ -144,11 +149,15 @@ impl Host {
     }
 
     fn install(&self, version: &str) -> Result<()> {
-        let mut command = words(&self.fleet.install(&self.executable));
-        command.extend(["--version".to_owned(), version.to_owned()]);
-        let code = self.trace.run(&command, &[])?;
+        let code = self.try_install(version)?;
         ensure!(code == 0, "the installation of {version} ends with exit code {code}");
         Ok(())
+    }
+
+    fn try_install(&self, version: &str) -> Result<i32> {
+        let mut command = words(&self.fleet.install(&self.executable));
+        command.extend(["--version".to_owned(), version.to_owned()]);
+        self.trace.run(&command, &[])
     }
 
     fn control(&self, arguments: &[&str]) -> Result<()> {

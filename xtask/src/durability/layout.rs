@@ -6,14 +6,17 @@ use std::path::{Path, PathBuf};
 /// verified as a whole, and no program reads a log.
 const VOLATILE: &[&str] = &["run", "log", "cache", "staging", ".install"];
 /// The exception: which directories a first installation creates.
-const INSTALL_JOURNAL: &str = ".install/made.json";
+pub(super) const INSTALL_JOURNAL: &str = ".install/made.json";
+
+/// An installation is complete once it is there.
+pub(super) const INSTALL_RECORD: &str = "state/install.json";
 
 /// State that announces what was done before it, or what follows.
 const RECORDS: &[&str] = &[
     "state/releases.json",
     "state/upgrade.json",
     "state/manager.json",
-    "state/install.json",
+    INSTALL_RECORD,
     "state/desired.json",
     "state/epochs.json",
     "state/keys.json",
@@ -79,6 +82,16 @@ impl Layout {
             || inside == Path::new(INSTALL_JOURNAL)
             || self.current_of(path).is_some()
             || self.release_file(path).is_some_and(|file| file.is_complete_mark)
+    }
+
+    /// As [`Layout::announces`], for the installer.
+    pub(super) fn announces_installation(&self, path: &Path) -> bool {
+        self.is(path, INSTALL_RECORD) || self.is(path, INSTALL_JOURNAL)
+    }
+
+    /// Whether a sync of this directory or file is of the home, or saves the home's own name.
+    pub(super) fn is_synced_for_home(&self, path: &Path) -> bool {
+        self.inside(path).is_some() || self.home.parent() == Some(path)
     }
 
     /// The sub-agent whose `current` this is.

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use super::checker::Checker;
 use super::disk::{Item, has_name};
+use super::event::Event;
+use super::layout::{INSTALL_JOURNAL, INSTALL_RECORD};
 use super::records::Record;
 use super::rule::Rule;
 use crate::trace::Change;
@@ -78,7 +80,11 @@ impl Checker<'_> {
             "bin/aops" => self.check_switch(index, to),
             "state/epochs.json" => self.check_epochs(index, to),
             "state/keys.json" | "state/manager.json" => self.check_commit(index, to),
-            "state/install.json" => self.check_install_record(index, to),
+            INSTALL_RECORD => self.check_install_record(index, to),
+            INSTALL_JOURNAL => {
+                let directory = to.parent().unwrap_or(to).to_owned();
+                self.require(Rule::NameBeforeNextAct, index, &Item::Name(directory.clone()), &directory);
+            }
             _ => {}
         }
     }
@@ -127,7 +133,7 @@ impl Checker<'_> {
 
     /// `bin/aops` is about to be another image.
     fn check_switch(&mut self, index: usize, to: &Path) {
-        if self.is_installer(index) {
+        if is_installer(&self.events[index]) {
             return;
         }
         self.count(Rule::RecordBeforeSwitch);
@@ -151,7 +157,7 @@ impl Checker<'_> {
     }
 
     fn check_epochs(&mut self, index: usize, to: &Path) {
-        if self.is_installer(index) {
+        if is_installer(&self.events[index]) {
             return;
         }
         let Some(new) = self.events[index].content.as_deref().map(Record::parse) else { return };
@@ -178,7 +184,7 @@ impl Checker<'_> {
 
     /// Epoch, keys or release of the manager are about to count.
     fn check_commit(&mut self, index: usize, to: &Path) {
-        if self.is_installer(index) {
+        if is_installer(&self.events[index]) {
             return;
         }
         self.count(Rule::CommitBeforeEpochs);
@@ -205,7 +211,8 @@ impl Checker<'_> {
             .filter_map(|(item, _)| {
                 let name = match item {
                     Item::Name(name) => Some(name.as_path()),
-                    // Modes of directories come with their names, and this record's own file is checked as any other.
+                    // A directory whose mode is lost has that of its creation, with which the home works, too.
+                    Item::Content(file) if self.disk.is_directory(*file) => None,
                     Item::Content(file) => self.disk.names_of(*file).next(),
                 };
                 name.filter(|name| is_own(name)).map(|name| (item.clone(), name.to_owned()))
@@ -273,8 +280,9 @@ impl Checker<'_> {
             self.find(Rule::LedgerBeforeStop, index, &place, "the ledger on the disk names no release to roll back to");
         }
     }
+}
 
-    pub(super) fn is_installer(&self, index: usize) -> bool {
-        !matches!(self.events[index].call.role.split(' ').next(), Some("spm" | "spa"))
-    }
+/// Whether an event is neither the manager's nor the watchdog's.
+pub(super) fn is_installer(event: &Event) -> bool {
+    !matches!(event.call.role.split(' ').next(), Some("spm" | "spa"))
 }

@@ -59,9 +59,8 @@ impl Recorder {
             | Change::Rename { to: path, .. }
             | Change::Link { to: path, .. }
             | Change::SymbolicLink { to: path, .. }
-            | Change::Sync(path)
-            | Change::SyncFileSystem(path)
             | Change::Lock(path) => self.layout.inside(path).is_some(),
+            Change::Sync(path) | Change::SyncFileSystem(path) => self.layout.is_synced_for_home(path),
             Change::Message(_)
             | Change::Wait
             | Change::Start
