@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use super::disk::{Disk, Fate, Item, Snapshot};
 use super::event::{Event, Moment, Outcome, Recording};
 use super::layout::Layout;
-use super::order::is_installer;
 use super::records::Record;
 use super::rule::Rule;
 use crate::trace::Change;
@@ -229,7 +228,7 @@ impl Checker<'_> {
                 || (sync.saved == 0 && sync.recovers)
                 || sync.saved_by_another
                 || self.layout.is_reserve(path)
-                || (is_installer(event)
+                || (event.is_installer()
                     && sync.lost == 0
                     && WRITTEN_SINGLY.iter().any(|place| self.layout.is(path, place)));
             let why = if is_needed {
@@ -254,7 +253,7 @@ impl Checker<'_> {
     fn announces(&self, event: &Event) -> bool {
         match event.change() {
             // An installation announces its files with its own record alone.
-            Change::Rename { to, .. } if is_installer(event) => self.layout.announces_installation(to),
+            Change::Rename { to, .. } if event.is_installer() => self.layout.announces_installation(to),
             Change::Rename { to, .. } => self.layout.announces(to),
             Change::Message(_) | Change::Start | Change::Execute(_) | Change::Signal { .. } | Change::Exit => true,
             _ => false,

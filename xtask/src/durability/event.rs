@@ -60,6 +60,11 @@ impl Event {
         self.outcome != Outcome::Failed
     }
 
+    /// Whether it is neither the manager's nor the watchdog's.
+    pub(super) fn is_installer(&self) -> bool {
+        !matches!(self.call.role.split(' ').next(), Some("spm" | "spa"))
+    }
+
     pub(super) fn is_sync(&self) -> bool {
         matches!(self.call.change, Change::Sync(_) | Change::SyncFileSystem(_))
     }

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use super::checker::Checker;
 use super::disk::{Item, has_name};
-use super::event::Event;
 use super::layout::{INSTALL_JOURNAL, INSTALL_RECORD};
 use super::records::Record;
 use super::rule::Rule;
@@ -133,7 +132,7 @@ impl Checker<'_> {
 
     /// `bin/aops` is about to be another image.
     fn check_switch(&mut self, index: usize, to: &Path) {
-        if is_installer(&self.events[index]) {
+        if self.events[index].is_installer() {
             return;
         }
         self.count(Rule::RecordBeforeSwitch);
@@ -157,7 +156,7 @@ impl Checker<'_> {
     }
 
     fn check_epochs(&mut self, index: usize, to: &Path) {
-        if is_installer(&self.events[index]) {
+        if self.events[index].is_installer() {
             return;
         }
         let Some(new) = self.events[index].content.as_deref().map(Record::parse) else { return };
@@ -184,7 +183,7 @@ impl Checker<'_> {
 
     /// Epoch, keys or release of the manager are about to count.
     fn check_commit(&mut self, index: usize, to: &Path) {
-        if is_installer(&self.events[index]) {
+        if self.events[index].is_installer() {
             return;
         }
         self.count(Rule::CommitBeforeEpochs);
@@ -280,9 +279,4 @@ impl Checker<'_> {
             self.find(Rule::LedgerBeforeStop, index, &place, "the ledger on the disk names no release to roll back to");
         }
     }
-}
-
-/// Whether an event is neither the manager's nor the watchdog's.
-pub(super) fn is_installer(event: &Event) -> bool {
-    !matches!(event.call.role.split(' ').next(), Some("spm" | "spa"))
 }
