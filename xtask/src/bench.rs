@@ -2,19 +2,20 @@
 #![allow(clippy::print_stdout, reason = "the figures are its output")]
 
 mod contestant;
-mod control_socket;
+pub(crate) mod control_socket;
 mod install;
 mod leaks;
 mod manager_restart;
 mod overall;
-mod probe;
+pub(crate) mod probe;
 mod reports;
 mod rivals;
-mod statistics;
+pub(crate) mod spent;
+pub(crate) mod statistics;
 mod supervise;
 mod trace;
 mod upgrade;
-mod verdicts;
+pub(crate) mod verdicts;
 
 use std::fs;
 use std::path::PathBuf;
@@ -66,7 +67,7 @@ pub(crate) fn build(features: &[&str], name: &str) -> Result<PathBuf> {
 }
 
 /// The heading of the figures: command, machine, versions.
-fn heading(task: &str) -> Result<String> {
+pub(crate) fn heading(task: &str) -> Result<String> {
     let fact = |file: &str, name: &str| {
         let text = fs::read_to_string(file).unwrap_or_default();
         let value = text.lines().find(|line| line.starts_with(name)).and_then(|line| line.split_once(':'));
@@ -83,6 +84,6 @@ fn heading(task: &str) -> Result<String> {
     ))
 }
 
-fn mebibytes(bytes: u64) -> String {
+pub(crate) fn mebibytes(bytes: u64) -> String {
     format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
 }

@@ -10,6 +10,7 @@ mod demo;
 mod deny;
 mod dist;
 mod durability;
+mod endurance;
 mod fleet;
 mod full;
 mod fuzz;
@@ -76,6 +77,8 @@ enum Task {
     Stranded(stranded::Arguments),
     /// Check in a traced home that everything is on the disk before what depends on it, and that no sync is useless
     Durability(durability::Arguments),
+    /// Upgrade the manager many times in a row on several homes, and check that nothing is stranded, restarted or leaked
+    Endurance(endurance::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Task::PowerCut(arguments) => power_cut::run(&arguments),
         Task::Stranded(arguments) => stranded::run(&arguments),
         Task::Durability(arguments) => durability::run(&arguments),
+        Task::Endurance(arguments) => endurance::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -12,13 +12,13 @@ use serde_json::{Value, json};
 /// The deadline of a reply.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub(super) struct ControlSocket {
+pub(crate) struct ControlSocket {
     reader: BufReader<UnixStream>,
 }
 
 impl ControlSocket {
     /// An error if no manager listens on the home's control socket.
-    pub(super) fn open(home: &Path) -> Result<ControlSocket> {
+    pub(crate) fn open(home: &Path) -> Result<ControlSocket> {
         let path = home.join("run/spm.sock");
         let stream = UnixStream::connect(&path).with_context(|| format!("cannot connect to {}", path.display()))?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -40,21 +40,21 @@ impl ControlSocket {
         }
     }
 
-    pub(super) fn restart(&mut self, agent: &str) -> Result<()> {
+    pub(crate) fn restart(&mut self, agent: &str) -> Result<()> {
         self.request(&json!({"verb": "restart", "agent": agent})).map(drop)
     }
 
     /// Stops the manager with `yield`; the watchdog starts the next one and does not count a death.
-    pub(super) fn stop_with_yield(&mut self) -> Result<()> {
+    pub(crate) fn stop_with_yield(&mut self) -> Result<()> {
         self.request(&json!({"verb": "yield"})).map(drop)
     }
 
-    pub(super) fn status(&mut self) -> Result<Value> {
+    pub(crate) fn status(&mut self) -> Result<Value> {
         Ok(self.request(&json!({"verb": "status"}))?["status"].take())
     }
 
     /// Waits until the manager closes this connection, which it does when it exits.
-    pub(super) fn wait_for_end(mut self) -> Result<()> {
+    pub(crate) fn wait_for_end(mut self) -> Result<()> {
         match self.reader.read_to_end(&mut vec![]) {
             Err(error) if error.kind() != ErrorKind::ConnectionReset => {
                 Err(error).with_context(|| format!("the manager did not exit within {PATIENCE:?}"))

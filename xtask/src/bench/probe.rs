@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::{Context, Result};
 
 /// Every process of the tree below `root`, `root` first.
-pub(super) fn family(root: u32) -> Vec<u32> {
+pub(crate) fn family(root: u32) -> Vec<u32> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     for pid in numbers("/proc") {
         if let Some(parent) = parent(pid) {
@@ -34,16 +34,16 @@ fn numbers(directory: &str) -> Vec<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-pub(super) fn threads(pid: u32) -> Vec<u32> {
+pub(crate) fn threads(pid: u32) -> Vec<u32> {
     numbers(&format!("/proc/{pid}/task"))
 }
 
-pub(super) fn open_files(pid: u32) -> usize {
+pub(crate) fn open_files(pid: u32) -> usize {
     numbers(&format!("/proc/{pid}/fd")).len()
 }
 
 /// Children that have exited and were not waited for.
-pub(super) fn zombies(parent_pid: u32) -> usize {
+pub(crate) fn zombies(parent_pid: u32) -> usize {
     let is_zombie = |pid: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
@@ -53,10 +53,10 @@ pub(super) fn zombies(parent_pid: u32) -> usize {
 
 /// CPU time of each current thread of these processes, in milliseconds.
 #[derive(Debug)]
-pub(super) struct Cpu(HashMap<u32, f64>);
+pub(crate) struct Cpu(HashMap<u32, f64>);
 
 impl Cpu {
-    pub(super) fn of(pids: &[u32]) -> Cpu {
+    pub(crate) fn of(pids: &[u32]) -> Cpu {
         let of_thread = |pid: u32, thread: u32| {
             let text = fs::read_to_string(format!("/proc/{pid}/task/{thread}/schedstat")).ok()?;
             Some((thread, text.split(' ').next()?.parse::<f64>().ok()? / 1e6))
@@ -68,7 +68,7 @@ impl Cpu {
     }
 
     /// Milliseconds spent since `earlier`; `None` if a thread has ended, since its figure is lost.
-    pub(super) fn since(&self, earlier: &Cpu) -> Option<f64> {
+    pub(crate) fn since(&self, earlier: &Cpu) -> Option<f64> {
         if earlier.0.keys().any(|thread| !self.0.contains_key(thread)) {
             return None;
         }
@@ -78,15 +78,15 @@ impl Cpu {
 
 /// Total memory of several processes, in KiB.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     /// Pages that are not backed by a file: the memory that these processes add.
-    pub(super) dirty: u64,
+    pub(crate) dirty: u64,
     /// Including their proportional share of shared pages.
-    pub(super) proportional: u64,
+    pub(crate) proportional: u64,
 }
 
 impl Memory {
-    pub(super) fn of(pids: &[u32]) -> Result<Memory> {
+    pub(crate) fn of(pids: &[u32]) -> Result<Memory> {
         let mut memory = Memory::default();
         for pid in pids {
             let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))
@@ -103,7 +103,7 @@ impl Memory {
 }
 
 /// How often these processes were woken from a wait.
-pub(super) fn wake_ups(pids: &[u32]) -> u64 {
+pub(crate) fn wake_ups(pids: &[u32]) -> u64 {
     let of_thread = |pid: u32, thread: u32| -> Option<u64> {
         let text = fs::read_to_string(format!("/proc/{pid}/task/{thread}/status")).ok()?;
         text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?.trim().parse().ok()

@@ -2,14 +2,14 @@
 
 /// Samples of one kind, in milliseconds.
 #[derive(Debug, Default, Clone)]
-pub(super) struct Samples(Vec<f64>);
+pub(crate) struct Samples(Vec<f64>);
 
 impl Samples {
-    pub(super) fn add(&mut self, milliseconds: f64) {
+    pub(crate) fn add(&mut self, milliseconds: f64) {
         self.0.push(milliseconds);
     }
 
-    pub(super) fn last(&self) -> Option<f64> {
+    pub(crate) fn last(&self) -> Option<f64> {
         self.0.last().copied()
     }
 
@@ -21,20 +21,20 @@ impl Samples {
         sorted.get(index.saturating_sub(1)).copied()
     }
 
-    pub(super) fn median(&self) -> Option<f64> {
+    pub(crate) fn median(&self) -> Option<f64> {
         self.at(0.5)
     }
 
-    pub(super) fn p95(&self) -> Option<f64> {
+    pub(crate) fn p95(&self) -> Option<f64> {
         self.at(0.95)
     }
 
-    pub(super) fn slowest(&self) -> Option<f64> {
+    pub(crate) fn slowest(&self) -> Option<f64> {
         self.at(1.0)
     }
 
     /// `median/p95`, in milliseconds.
-    pub(super) fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         match (self.median(), self.p95()) {
             (Some(median), Some(p95)) => format!("{}/{}", short(median), short(p95)),
             _ => "-".to_owned(),
@@ -43,7 +43,7 @@ impl Samples {
 }
 
 /// Three significant digits: such a measurement has no more.
-pub(super) fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     match value.abs() {
         size if size < 10.0 => format!("{value:.2}"),
         size if size < 100.0 => format!("{value:.1}"),
