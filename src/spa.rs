@@ -78,6 +78,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     let _lock = acquire_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     temporaries::sweep(home);
+    let children = StartedManagers::new();
     let now = Instant::now();
     let mut trial = TrialMonitor::new(home, !supervised, options.renewed, now);
     // Before anything can detect this watchdog: a bad release may kill every watchdog that it finds.
@@ -107,7 +108,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         events,
         serial: 0,
         restarter,
-        children: StartedManagers::default(),
+        children,
         memory: MemoryCheck::default(),
         memory_limit: u64::MAX,
         next_home_check: now,

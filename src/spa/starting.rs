@@ -36,39 +36,49 @@ impl StartedManager {
     }
 }
 
-#[derive(Debug, Default)]
-pub(super) struct StartedManagers(Vec<StartedManager>);
+#[derive(Debug)]
+pub(super) struct StartedManagers {
+    started: Vec<StartedManager>,
+    /// Children of the program that this process ran before a self-upgrade, such as the manager that it started.
+    inherited: Vec<u32>,
+}
 
 impl StartedManagers {
+    /// To be called before this process starts any child.
+    pub(super) fn new() -> StartedManagers {
+        StartedManagers { started: vec![], inherited: platform::children() }
+    }
+
     /// Starts a manager.
     pub(super) fn start(&mut self, home: &Home) -> Result<()> {
         let child = role::spawn(home, Role::Spm)?;
         let start_time = platform::process_info(child.id(), home.root()).map(|process| process.start_time);
-        self.0.push(StartedManager { child, start_time, started_at: Instant::now(), has_answered: false });
+        self.started.push(StartedManager { child, start_time, started_at: Instant::now(), has_answered: false });
         Ok(())
     }
 
     /// The manager has answered: marks the started manager that it is, or whose session it belongs to.
     pub(super) fn answered(&mut self, home: &Home) {
-        if self.0.iter().all(|started| started.has_answered) {
+        if self.started.iter().all(|started| started.has_answered) {
             return;
         }
         let Some(holder) = role::current_holder(home, Role::Spm) else { return };
         let session = platform::process_info(holder.pid, home.root()).map(|process| process.session);
-        for started in &mut self.0 {
+        for started in &mut self.started {
             started.has_answered |= [Some(holder.pid), session].contains(&Some(started.child.id()));
         }
     }
 
     /// Reaps exited managers and kills hung ones; returns whether one exited without having answered.
     pub(super) fn reap(&mut self, home: &Home, now: Instant) -> bool {
+        self.inherited.retain(|pid| !platform::reap_orphan(*pid));
         let mut exited_unanswered = false;
-        self.0.retain_mut(|started| {
+        self.started.retain_mut(|started| {
             let lives = matches!(started.child.try_wait(), Ok(None));
             exited_unanswered |= !lives && !started.has_answered;
             lives
         });
-        for started in &mut self.0 {
+        for started in &mut self.started {
             if !started.has_answered && now.saturating_duration_since(started.started_at) >= HANG_TIMEOUT {
                 started.kill(home, "it did not answer in time");
                 // Only once: a process that survives this cannot be killed.
@@ -80,7 +90,7 @@ impl StartedManagers {
 
     /// The manager's program was replaced.
     pub(super) fn kill_replaced(&mut self, home: &Home) {
-        for started in self.0.iter_mut().filter(|started| !started.has_answered) {
+        for started in self.started.iter_mut().filter(|started| !started.has_answered) {
             started.kill(home, "its release was rolled back");
             started.has_answered = true;
         }

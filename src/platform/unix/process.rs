@@ -335,16 +335,26 @@ pub fn reap_orphans(known: &[u32]) -> Vec<u32> {
     new
 }
 
-/// Reaps one orphaned child, if it has exited.
-pub fn reap_orphan(pid: u32) {
+/// Reaps one child that no other code waits for, if it has exited. Returns whether it is no longer a child of this process.
+pub fn reap_orphan(pid: u32) -> bool {
     use rustix::process::{WaitOptions, waitpid};
-    let _ = waitpid(Pid::from_raw(pid as i32), WaitOptions::NOHANG);
+    !matches!(waitpid(Pid::from_raw(pid as i32), WaitOptions::NOHANG), Ok(None))
 }
 
 fn zombie_children() -> Vec<u32> {
+    children_that(|stat| stat.is_zombie)
+}
+
+/// The children of this process, zombies included. Before it has started any, they are those of the program that it ran before
+/// [`become_program`](super::become_program).
+pub fn children() -> Vec<u32> {
+    children_that(|_| true)
+}
+
+fn children_that(wanted: impl Fn(&Stat) -> bool) -> Vec<u32> {
     let is_ours = |pid: &u32| {
         let stat = stat_text(*pid).ok().and_then(|text| parse_stat(&text));
-        stat.is_some_and(|stat| stat.is_zombie && stat.parent == std::process::id())
+        stat.is_some_and(|stat| stat.parent == std::process::id() && wanted(&stat))
     };
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(is_ours).collect()
@@ -433,6 +443,19 @@ mod tests {
         assert!(fs::exists(format!("/proc/{pid}")).unwrap());
         assert!(!reap_orphans(&[pid]).contains(&pid));
         assert!(!fs::exists(format!("/proc/{pid}")).unwrap());
+    }
+
+    #[test]
+    fn a_child_is_listed_until_it_is_reaped() {
+        let mut child = Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = child.id();
+        assert!(children().contains(&pid));
+        assert!(!reap_orphan(pid), "it runs");
+        drop(child.stdin.take());
+        let reaped = std::iter::from_fn(|| Some(reap_orphan(pid)));
+        assert!(reaped.inspect(|_| std::thread::yield_now()).any(|reaped| reaped));
+        assert!(!children().contains(&pid) && reap_orphan(pid));
+        assert!(child.try_wait().is_err(), "nothing is left to wait for");
     }
 
     #[tokio::test]

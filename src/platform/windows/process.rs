@@ -337,7 +337,14 @@ pub fn reap_orphans(_known: &[u32]) -> Vec<u32> {
 }
 
 /// Windows has no zombies.
-pub fn reap_orphan(_pid: u32) {}
+pub fn reap_orphan(_pid: u32) -> bool {
+    true
+}
+
+/// Windows has no zombies.
+pub fn children() -> Vec<u32> {
+    vec![]
+}
 
 #[cfg(test)]
 mod tests {
