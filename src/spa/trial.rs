@@ -100,6 +100,8 @@ pub(super) struct TrialMonitor {
     /// The trial that the following fields are about.
     trial: Option<Trial>,
     manager: Option<ObservedManager>,
+    /// The manager that announced its exit last, and when. It may do so before this watchdog notices the upgrade.
+    exiting: Option<(RoleHolder, Instant)>,
     died: bool,
     found_running_manager: bool,
     /// A manager of the previous release exited since the trial started: later managers were started from the new release.
@@ -140,6 +142,7 @@ impl TrialMonitor {
             is_first_check: true,
             trial: None,
             manager: None,
+            exiting: None,
             died: false,
             found_running_manager: false,
             is_old_gone: false,
@@ -173,11 +176,15 @@ impl TrialMonitor {
 
     /// The connection to the manager ended. `died`: without a goodbye, or because it hung.
     pub(super) fn disconnected(&mut self, died: bool) {
-        self.next_check = Instant::now();
+        let now = Instant::now();
+        self.next_check = now;
+        if !died {
+            self.exiting = role::current_holder(&self.home, Role::Spm).map(|holder| (holder, now));
+        }
         if let Some(manager) = &mut self.manager {
             manager.answered = None;
             if !died {
-                manager.exit_requested.get_or_insert(Instant::now());
+                manager.exit_requested.get_or_insert(now);
             }
             self.died |= died && manager.image == WhichRelease::To && manager.exit_requested.is_none();
         }
@@ -342,6 +349,10 @@ impl TrialMonitor {
                 WhichRelease::From if is_old_gone => WhichRelease::To,
                 image => image,
             };
+            let is_exiting = |(exiting, _): &&(RoleHolder, Instant)| {
+                image == WhichRelease::From && (exiting.pid, exiting.start_time) == (holder.pid, holder.start_time)
+            };
+            let exit_requested = self.exiting.as_ref().filter(is_exiting).map(|(_, at)| *at);
             if image == WhichRelease::To && !self.new_managers.contains(&holder) {
                 self.new_managers.push(holder.clone());
             }
@@ -352,7 +363,7 @@ impl TrialMonitor {
                 adopted: false,
                 heartbeat: false,
                 over_limit: 0,
-                exit_requested: None,
+                exit_requested,
             }
         });
     }
@@ -549,3 +560,6 @@ impl TrialMonitor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

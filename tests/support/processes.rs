@@ -83,12 +83,21 @@ pub fn remove_groups(home: &Path) {
 
 /// The live children of a process.
 pub fn children(parent: u32) -> Vec<u32> {
+    children_that(parent, |state| state != "Z")
+}
+
+/// The children of a process that have exited and were not waited for.
+pub fn zombies(parent: u32) -> Vec<u32> {
+    children_that(parent, |state| state == "Z")
+}
+
+fn children_that(parent: u32, wanted: impl Fn(&str) -> bool) -> Vec<u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|pid| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let mut fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter().flatten();
-        fields.next().is_some_and(|state| state != "Z") && fields.next() == Some(&parent.to_string())
+        fields.next().is_some_and(&wanted) && fields.next() == Some(&parent.to_string())
     })
     .collect()
 }

@@ -10,6 +10,7 @@ use crate::support::aops;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, pid};
 use crate::support::package::Package;
+use crate::support::processes::zombies;
 use crate::support::release::{self, NAME};
 use crate::support::wait::{try_for, wait_for};
 
@@ -138,6 +139,11 @@ fn a_good_release_is_committed_and_can_be_rolled_back() {
     let status = wait_for_release(&host, "2.0.0");
     assert_eq!(status["heldByOperator"], Value::Null, "{status:#}");
     assert_eq!(agents_of(&host), before);
+
+    // Each manager exited on purpose, and the watchdog, which keeps its pid, has waited for each.
+    assert_eq!((&status["spm"]["restarts"], &status["spa"]["restarts"]), (&0.into(), &0.into()), "{status:#}");
+    let watchdog = pid(&status["spa"]["pid"]).expect("it runs");
+    wait_for("the watchdog to reap the managers that it started", SOON, || zombies(watchdog).is_empty().then_some(()));
 }
 
 #[test]
