@@ -149,7 +149,7 @@ fn disturb_all(parts: &Parts<'_>, plans: Vec<Plan>, machines: u16) -> Result<Rep
                 }
             }
         }
-        Ok(())
+        host.map_or(Ok(()), Host::shut_down)
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..machines).map(|_| scope.spawn(work)).collect();

@@ -1,4 +1,4 @@
-//! A host in a virtual machine, with a gateway of its own: it is upgraded, loses power, and must recover by itself.
+//! A host in a virtual machine, with a gateway of its own: it is upgraded, loses power, and must recover without help.
 //!
 //! Three releases of the manager and of one sub-agent are ordered in turn: a host keeps two, so each is fetched again. The sub-agent has
 //! many files, and a list of their checksums.
@@ -18,7 +18,7 @@ use super::image::Image;
 use super::kernel::Kernel;
 use super::machine::{Drive, HOST_ADDRESS, Hardware, Machine};
 use super::progress::{CHANGES, Change, Phase, Progress};
-use crate::command::read;
+use crate::command::{read, say};
 use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
 use crate::package::Package;
 use crate::wait::try_for;
@@ -40,7 +40,13 @@ const FILES: usize = 64;
 const FILE_SIZE: usize = 32 << 10;
 
 /// What a home has at rest once it has been upgraded, beside what an installation creates.
-const AFTER_UPGRADES: [&str; 3] = ["./bin/aops.prev", "./state/history.json", "./state/upgrade.json"];
+const AFTER_UPGRADES: [&str; 5] = [
+    "./bin/aops.prev",
+    "./run/agents/bystander.json.old",
+    "./run/agents/changed.json.old",
+    "./state/history.json",
+    "./state/upgrade.json",
+];
 
 const PROGRESS: &str = include_str!("progress.sh");
 const PROGRESS_PATH: &str = "/usr/local/sbin/upgrade-progress";
@@ -88,7 +94,7 @@ pub(super) enum Release {
 pub(super) struct Outcome {
     /// The phase of the targeted change at the event.
     pub(super) phase: Phase,
-    /// The release in the first heartbeat after it.
+    /// The release on the disk after it.
     pub(super) found: Release,
     /// The new release was rolled back and skipped; it was ordered again.
     pub(super) was_skipped: bool,
@@ -118,21 +124,12 @@ impl<'a> Host<'a> {
     pub(super) fn new(parts: &Parts<'a>) -> Result<Host<'a>> {
         let fleet = Fleet::new(parts.gateway)?;
         quietly(fleet.gateway("init").args(["--name", HOST_ADDRESS, "--name", "127.0.0.1"]))?;
-        let mut executables = Vec::new();
-        let mut packages = vec![Package::sleeper(BYSTANDER, "1")];
-        packages.extend(RELEASES.map(sub_agent));
-        for version in MANAGERS {
-            let package = next_manager(parts.executable, version)?;
-            executables.push(sha256(&std::fs::read(package.path().join("bin/aops"))?));
-            packages.push(package);
-        }
-        for package in &packages {
-            quietly(fleet.gateway("publish").args(package.arguments()))?;
-        }
+        let executables = publish(parts, &fleet)?;
         let directory = fleet.path("machine");
         std::fs::create_dir_all(&directory).context("cannot create the directory of a machine")?;
         let disk = directory.join("disk.img");
         image(parts, &fleet).write(&disk)?;
+        let started = Instant::now();
         let mut host = Host {
             machine: None,
             kernel: parts.kernel,
@@ -151,6 +148,11 @@ impl<'a> Host<'a> {
         host.boot(None)?;
         host.install().with_context(|| format!("cannot install\n{}", host.logs()))?;
         host.reached(Instant::now()).with_context(|| format!("the host does not run\n{}", host.logs()))?;
+        let boot = host.machine()?.booted_in().as_secs();
+        say(&format!(
+            "a machine is up after {boot} s and runs what is ordered after {} s",
+            started.elapsed().as_secs()
+        ));
         host.usual = host.files()?;
         host.usual.extend(AFTER_UPGRADES.map(str::to_owned));
         Ok(host)
@@ -174,7 +176,7 @@ impl<'a> Host<'a> {
             Event::PowerCutAndClock(days) => self.cut(Some(days))?,
             Event::ClockJump(days) => self.set_clock(days)?,
         }
-        let found = self.first_release(plan.target.change, happened)?;
+        let found = self.on_disk(plan.target.change)?;
         let mut was_skipped = self.reached(happened)?;
         self.check_files()?;
         if found == Release::New {
@@ -197,11 +199,15 @@ impl<'a> Host<'a> {
         self.machine()?.read(&format!("date -s '{days:+} day'"), ANSWER).map(drop)
     }
 
+    /// The last check: a host that has recovered shuts down in order.
+    pub(super) fn shut_down(mut self) -> Result<()> {
+        self.machine.take().context("the machine does not run")?.power_off()
+    }
+
     /// Everything that helps to diagnose a failure.
     pub(super) fn logs(&mut self) -> String {
-        let script = "tail -n 40 /opt/aops/log/*.log; /opt/aops/bin/aops control status --json; \
-             cat /opt/aops/state/upgrade.json /opt/aops/state/releases.json; ls -lR /opt/aops/bin /opt/aops/agents | head -n 60; \
-             journalctl --no-pager -n 40";
+        let script = "cd /opt/aops; tail -n 40 log/*.log | tr -d '\\0'; bin/aops control status --json; \
+             cat state/upgrade.json state/releases.json; ls -l bin agents/*; journalctl --no-pager -n 60 -u 'aops-*'";
         match &mut self.machine {
             Some(machine) => match machine.run(script, ANSWER) {
                 Ok(ran) => format!("{}{}", ran.stdout, ran.stderr),
@@ -274,14 +280,14 @@ impl<'a> Host<'a> {
         Ok(age.is_some_and(|age| age + Duration::from_secs(1) < since.elapsed()).then(|| host.clone()))
     }
 
-    /// The release in the first heartbeat after a boot.
-    fn first_release(&self, change: Change, booted: Instant) -> Result<Release> {
-        let host = try_for(PATIENCE, || self.reported(booted).transpose()).context("no heartbeat after the boot")??;
-        let is_new = match change {
-            Change::Manager => host["manager"]["version"] == MANAGERS[self.manager],
-            Change::SubAgent => agent(&host, CHANGED).is_some_and(|agent| agent["version"] == RELEASES[self.release]),
+    /// The release that the home has. The executables of the manager end with their version.
+    fn on_disk(&mut self, change: Change) -> Result<Release> {
+        let (script, ordered) = match change {
+            Change::Manager => ("tail -c 5 /opt/aops/bin/aops", MANAGERS[self.manager]),
+            Change::SubAgent => ("readlink /opt/aops/agents/changed/current", RELEASES[self.release]),
         };
-        Ok(if is_new { Release::New } else { Release::Old })
+        let version = self.machine()?.read(script, ANSWER)?;
+        Ok(if version.trim() == ordered { Release::New } else { Release::Old })
     }
 
     /// Waits until both roles and every sub-agent run in the ordered releases, and the gateway has it from a heartbeat after `since`.
@@ -322,11 +328,11 @@ impl<'a> Host<'a> {
         manager == MANAGERS[self.manager] && runs(CHANGED, RELEASES[self.release]) && runs(BYSTANDER, "1")
     }
 
+    /// Orders a skipped release again. What the status says of one names the command that does it.
     fn retry_skipped(&mut self, status: &Value) -> Result<bool> {
-        let changed = agent(status, CHANGED).map(|agent| &agent["skipped"]);
-        let skipped = [("aops-spm", Some(&status["skipped"])), (CHANGED, changed)];
-        let mut names = skipped.into_iter().filter(|(_, skipped)| skipped.is_some_and(|value| !value.is_null()));
-        let Some((name, _)) = names.next() else { return Ok(false) };
+        let shown = status.to_string();
+        let mut names = ["aops-spm", CHANGED].into_iter();
+        let Some(name) = names.find(|name| shown.contains(&format!("control retry {name}"))) else { return Ok(false) };
         self.machine()?.read(&format!("/opt/aops/bin/aops control retry {name}"), ANSWER)?;
         Ok(true)
     }
@@ -352,7 +358,6 @@ impl<'a> Host<'a> {
         let sum = self.machine()?.read(script, ANSWER).context("a release is damaged")?;
         ensure!(sum.starts_with(&self.executables[self.manager]), "bin/aops has the checksum {sum}");
         let now: BTreeSet<String> = self.files()?.difference(&self.usual).cloned().collect();
-        eprintln!("{now:?}");
         let stays: Vec<_> = now.intersection(&self.left_over).cloned().collect();
         ensure!(stays.is_empty(), "left over after a second upgrade: {}", stays.join(", "));
         self.left_over = now;
@@ -368,6 +373,21 @@ impl<'a> Host<'a> {
         };
         Ok(listed.lines().map(neutral).collect())
     }
+}
+
+/// Publishes every release; returns the checksums of the managers' executables.
+fn publish(parts: &Parts<'_>, fleet: &Fleet) -> Result<Vec<String>> {
+    let publish = |package: &Package| quietly(fleet.gateway("publish").args(package.arguments()));
+    publish(&Package::sleeper(BYSTANDER, "1"))?;
+    RELEASES.iter().try_for_each(|version| publish(&sub_agent(version)))?;
+    let one = |version| {
+        let package = next_manager(parts.executable, version)?;
+        publish(&package)?;
+        let executable =
+            std::fs::read(package.path().join("bin/aops")).context("cannot read a published executable")?;
+        Ok(sha256(&executable))
+    };
+    MANAGERS.into_iter().map(one).collect()
 }
 
 fn image<'a>(parts: &Parts<'a>, fleet: &Fleet) -> Image<'a> {

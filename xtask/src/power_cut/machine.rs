@@ -157,10 +157,10 @@ impl Machine {
         self.qemu.wait().map(drop).context("cannot wait for QEMU")
     }
 
-    /// An error with its last messages if the machine has ended by itself.
+    /// An error with the machine's last messages if it has exited.
     pub(crate) fn is_running(&mut self) -> Result<()> {
         let ended = self.qemu.try_wait().context("cannot wait for QEMU")?;
-        ensure!(ended.is_none(), "the virtual machine has ended by itself\n{}", self.console());
+        ensure!(ended.is_none(), "the virtual machine has exited unexpectedly\n{}", self.console());
         Ok(())
     }
 

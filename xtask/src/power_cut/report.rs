@@ -46,7 +46,7 @@ impl Report {
         count.skipped += usize::from(outcome.was_skipped);
         self.took.push(outcome.took);
         let skipped = if outcome.was_skipped { ", rolled back and skipped, tried again" } else { "" };
-        format!("{place}: recovered in the {found} release{skipped}; {} s", outcome.took.as_secs())
+        format!("{place}: {found} release on the disk, recovered{skipped}; {} s", outcome.took.as_secs())
     }
 
     pub(super) fn events(&self) -> usize {
@@ -108,7 +108,7 @@ mod tests {
         let mut report = Report::default();
         report.add(&plan(Event::PowerCut, phases[0]), &ended(phases[0], Release::Old));
         let line = report.add(&plan(Event::PowerCut, phases[0]), &ended(phases[1], Release::New));
-        assert_eq!(line, format!("power cut in {}: recovered in the new release; 40 s", phases[1]));
+        assert_eq!(line, format!("power cut in {}: new release on the disk, recovered; 40 s", phases[1]));
         report.add(&plan(Event::ClockJump(-1), phases[0]), &Err(anyhow!("no heartbeat")));
         assert_eq!((report.events(), report.stranded()), (3, 1));
         let table = report.table();
