@@ -96,8 +96,8 @@ pub(super) struct Outcome {
     pub(super) phase: Phase,
     /// The release on the disk after it.
     pub(super) found: Release,
-    /// The new release was rolled back and skipped; it was ordered again.
-    pub(super) was_skipped: bool,
+    /// Why the new release was rolled back and skipped, as the host reports it; it was tried again.
+    pub(super) skipped: Vec<String>,
     pub(super) took: Duration,
 }
 
@@ -177,14 +177,14 @@ impl<'a> Host<'a> {
             Event::ClockJump(days) => self.set_clock(days)?,
         }
         let found = self.on_disk(plan.target.change)?;
-        let mut was_skipped = self.reached(happened)?;
+        let mut skipped = self.reached(happened)?;
         self.check_files()?;
         if found == Release::New {
             self.order(&changes)?;
-            was_skipped |= self.reached(happened)?;
+            skipped.extend(self.reached(happened)?);
             self.check_files()?;
         }
-        Ok(Outcome { phase, found, was_skipped, took: started.elapsed() })
+        Ok(Outcome { phase, found, skipped, took: started.elapsed() })
     }
 
     fn cut(&mut self, clock: Option<i32>) -> Result<()> {
@@ -291,9 +291,9 @@ impl<'a> Host<'a> {
     }
 
     /// Waits until both roles and every sub-agent run in the ordered releases, and the gateway has it from a heartbeat after `since`.
-    /// Returns whether a release had to be ordered again because it was skipped.
-    fn reached(&mut self, since: Instant) -> Result<bool> {
-        let mut was_skipped = false;
+    /// A skipped release is tried again; returns why it was skipped.
+    fn reached(&mut self, since: Instant) -> Result<Vec<String>> {
+        let mut skipped = Vec::new();
         let mut queried = Instant::now();
         let mut last = (Value::Null, Value::Null);
         let started = Instant::now();
@@ -304,9 +304,9 @@ impl<'a> Host<'a> {
                 let ran = self.machine()?.run("/opt/aops/bin/aops control status --json", ANSWER)?;
                 let status = serde_json::from_str(&ran.stdout).unwrap_or(Value::Null);
                 if reported.is_some() && is_settled(&status) && self.is_target(&status, &status["version"]) {
-                    return Ok(was_skipped);
+                    return Ok(skipped);
                 }
-                was_skipped |= self.retry_skipped(&status)?;
+                skipped.extend(self.retry_skipped(&status)?);
                 last = (reported.unwrap_or_default(), status);
             }
             try_for(Duration::from_millis(250), || None::<()>);
@@ -328,13 +328,19 @@ impl<'a> Host<'a> {
         manager == MANAGERS[self.manager] && runs(CHANGED, RELEASES[self.release]) && runs(BYSTANDER, "1")
     }
 
-    /// Orders a skipped release again. What the status says of one names the command that does it.
-    fn retry_skipped(&mut self, status: &Value) -> Result<bool> {
-        let shown = status.to_string();
-        let mut names = ["aops-spm", CHANGED].into_iter();
-        let Some(name) = names.find(|name| shown.contains(&format!("control retry {name}"))) else { return Ok(false) };
-        self.machine()?.read(&format!("/opt/aops/bin/aops control retry {name}"), ANSWER)?;
-        Ok(true)
+    /// Tries a skipped release again. What the status says of one names the command for it.
+    fn retry_skipped(&mut self, status: &Value) -> Result<Option<String>> {
+        let agents = status["agents"].as_array().into_iter().flatten().map(|agent| &agent["lastError"]);
+        let said: Vec<_> =
+            status["problems"].as_array().into_iter().flatten().chain(agents).filter_map(Value::as_str).collect();
+        for name in ["aops-spm", CHANGED] {
+            let retry = format!("control retry {name}");
+            if let Some(why) = said.iter().find(|text| text.contains(&retry)) {
+                self.machine()?.read(&format!("/opt/aops/bin/aops {retry}"), ANSWER)?;
+                return Ok(Some((*why).to_owned()));
+            }
+        }
+        Ok(None)
     }
 
     /// Every state file is JSON, also before the next manager has rewritten any.

@@ -43,9 +43,9 @@ impl Report {
                 "new"
             }
         };
-        count.skipped += usize::from(outcome.was_skipped);
+        count.skipped += usize::from(!outcome.skipped.is_empty());
         self.took.push(outcome.took);
-        let skipped = if outcome.was_skipped { ", rolled back and skipped, tried again" } else { "" };
+        let skipped: String = outcome.skipped.iter().map(|why| format!(", tried again after: {why}")).collect();
         format!("{place}: {found} release on the disk, recovered{skipped}; {} s", outcome.took.as_secs())
     }
 
@@ -104,7 +104,7 @@ mod tests {
     fn events_are_counted_by_kind_and_phase() {
         let phases = Phase::targets();
         let plan = |event, phase| Plan { event, target: phase, fraction: 0.5, both: false };
-        let ended = |phase, found| Ok(Outcome { phase, found, was_skipped: false, took: Duration::from_secs(40) });
+        let ended = |phase, found| Ok(Outcome { phase, found, skipped: vec![], took: Duration::from_secs(40) });
         let mut report = Report::default();
         report.add(&plan(Event::PowerCut, phases[0]), &ended(phases[0], Release::Old));
         let line = report.add(&plan(Event::PowerCut, phases[0]), &ended(phases[1], Release::New));
