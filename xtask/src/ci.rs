@@ -77,6 +77,10 @@ const CHECKS: &[Check] = &[
         ..foreground("stranded", Program::Task, &["stranded", "--sample", "24", "--homes", "8"])
     },
     Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("durability", Program::Task, &["durability"]) },
+    Check {
+        shared: &["--executable", BUILT_FOR_HOSTS],
+        ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3"])
+    },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
     background("windows", &["check-windows"]),
     background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
@@ -86,6 +90,8 @@ const CHECKS: &[Check] = &[
 
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
+/// By the check `static-executable`.
+const BUILT_FOR_HOSTS: &str = "dist/aops-linux-amd64";
 /// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
 
