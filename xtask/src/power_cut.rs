@@ -77,6 +77,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64));
     let suite = arguments.suite.name();
     say(&format!("power-cut: seed {seed}, {suite} with the kernel {}", kernel.release));
+    if arguments.cuts + arguments.clock_jumps == 0 {
+        return Ok(());
+    }
     let report = disturb_all(&parts, plans(arguments.cuts, arguments.clock_jumps, seed), arguments.machines)?;
     let stranded = report.stranded();
     print!("{}", report.table());

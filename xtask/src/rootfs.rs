@@ -11,7 +11,7 @@ use crate::{apt, workspace};
 /// The suite of the test containers.
 pub(crate) const SUITE: &str = Suite::Bookworm.name();
 /// In addition to the essential packages: a service manager, and what scenarios use (networks, faults, the old platform's curl).
-const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps,nftables,curl,ca-certificates";
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,libkmod2,iproute2,procps,nftables,curl,ca-certificates";
 
 /// A release of Debian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

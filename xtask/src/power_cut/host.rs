@@ -30,6 +30,9 @@ const ANSWER: Duration = Duration::from_secs(120);
 /// The interval in which the guest itself is queried while the gateway does not show the ordered releases.
 const QUERY_INTERVAL: Duration = Duration::from_secs(5);
 
+/// A short trial. The first answer of a new manager may take twice as long: an emulated processor needs some of it.
+const TRIAL: &str = "8s";
+
 const MANAGERS: [&str; 3] = ["0.1.0", "0.1.1", "0.1.2"];
 const RELEASES: [&str; 3] = ["7.1.0", "7.1.1", "7.1.2"];
 /// The sub-agent that is upgraded, which `progress.sh` names too, and another one.
@@ -244,7 +247,7 @@ impl<'a> Host<'a> {
         let endpoint = self.fleet.url().replace("127.0.0.1", HOST_ADDRESS);
         let script = format!(
             "/root/aops install --version {} --agent-id machine --endpoint {endpoint} --trusted-key /root/aops.pub \
-             --ca-cert /root/cert.pem && printf '\\nupgradeTrial = \"5s\"\\n' >>/opt/aops/etc/conf.toml && sync",
+             --ca-cert /root/cert.pem && printf '\\nupgradeTrial = \"{TRIAL}\"\\n' >>/opt/aops/etc/conf.toml && sync",
             MANAGERS[0]
         );
         self.machine()?.read(&script, PATIENCE).map(drop)

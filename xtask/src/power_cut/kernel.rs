@@ -57,7 +57,9 @@ fn fetch(suite: Suite, into: &Path) -> Result<()> {
     list_modules(&unpacked, release)?;
     let (from, to) = [&unpacked, into].map(|root| root.join("lib/modules").join(release)).into();
     let listed = fs::read_to_string(from.join("modules.dep")).context("cannot read the list of modules")?;
-    let wanted = needed(&listed)?;
+    let built_in =
+        fs::read_to_string(from.join("modules.builtin")).context("cannot read the list of built-in modules")?;
+    let wanted = needed(&listed, &built_in)?;
     for file in wanted.iter().map(String::as_str).chain(LISTS.iter().copied()) {
         let copy = to.join(file);
         fs::create_dir_all(copy.parent().context("a module is in a directory")?)?;
@@ -71,16 +73,19 @@ fn list_modules(root: &Path, release: &str) -> Result<()> {
     run_quietly(Command::new("depmod").args(["-b", &text(root), release]))
 }
 
-/// The files of [`MODULES`] and of those that they need, from the text of `modules.dep`.
-fn needed(listed: &str) -> Result<BTreeSet<String>> {
+/// The files of [`MODULES`] and of those that they need, from the text of `modules.dep`; none for what is in that of `modules.builtin`.
+fn needed(listed: &str, built_in: &str) -> Result<BTreeSet<String>> {
     let mut files = BTreeSet::new();
     for name in MODULES {
-        let line = listed.lines().find(|line| {
+        let is_it = |line: &&str| {
             let file = line.split(':').next().unwrap_or_default();
             let stem = file.rsplit('/').next().unwrap_or_default().split('.').next().unwrap_or_default();
             stem.replace('-', "_") == *name
-        });
-        let line = line.with_context(|| format!("the kernel has no module {name}"))?;
+        };
+        if built_in.lines().any(|line| is_it(&line)) {
+            continue;
+        }
+        let line = listed.lines().find(is_it).with_context(|| format!("the kernel has no module {name}"))?;
         files.extend(line.split([':', ' ']).filter(|word| !word.is_empty()).map(str::to_owned));
     }
     Ok(files)
@@ -103,7 +108,7 @@ mod tests {
         let listed = "kernel/net/virtio_net.ko: kernel/net/failover.ko kernel/virtio/virtio.ko\n\
                       kernel/virtio/virtio-pci.ko.xz: kernel/virtio/virtio.ko\n\
                       kernel/other.ko: kernel/more.ko\nkernel/fs/xfs/xfs.ko:\n";
-        let files: Vec<_> = needed(listed).unwrap().into_iter().collect();
+        let files: Vec<_> = needed(listed, "").unwrap().into_iter().collect();
         assert_eq!(
             files,
             [
@@ -114,6 +119,8 @@ mod tests {
                 "kernel/virtio/virtio.ko"
             ]
         );
-        assert!(needed("kernel/other.ko:\n").is_err());
+        let built_in = "kernel/virtio/virtio-pci.ko\nkernel/fs/xfs/xfs.ko\n";
+        assert_eq!(needed(listed, built_in).unwrap().len(), 3);
+        assert!(needed("kernel/other.ko:\n", built_in).is_err());
     }
 }

@@ -152,7 +152,8 @@ impl Progress {
         while let Some((line, rest)) = self.partial.split_once('\n') {
             let (line, rest) = (line.trim().to_owned(), rest.to_owned());
             self.partial = rest;
-            if let Some(words) = line.strip_prefix("@ ") {
+            // systemd may have left control characters in front of it.
+            if let Some((_, words)) = line.split_once("upgrades: ") {
                 for (change, word) in CHANGES.into_iter().zip(words.split(' ')) {
                     self.last.insert(change, word.to_owned());
                     self.enter(change, word, Instant::now());
@@ -188,11 +189,11 @@ mod tests {
         let console = directory.path().join("console.log");
         let mut progress = Progress::of(&console);
         assert_eq!(progress.phase(Change::Manager).to_string(), "self-upgrade: ordered");
-        let mut text = "noise\n@ idle idle\r\n@ fetching idle\r\n".to_owned();
+        let mut text = "noise\n\u{1b}[!pupgrades: idle idle\r\nupgrades: fetching idle\r\n".to_owned();
         std::fs::write(&console, &text).unwrap();
         assert_eq!(progress.phase(Change::Manager).to_string(), "self-upgrade: fetching");
         assert_eq!(progress.phase(Change::SubAgent), Change::SubAgent.ordered());
-        text += "@ trial stopping\r\n@ idle prob";
+        text += "upgrades: trial stopping\r\nupgrades: idle prob";
         std::fs::write(&console, &text).unwrap();
         assert_eq!(progress.phase(Change::Manager).to_string(), "self-upgrade: trial");
         assert_eq!(progress.phase(Change::SubAgent).to_string(), "sub-agent: stopping");

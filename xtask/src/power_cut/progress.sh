@@ -1,5 +1,5 @@
 #!/bin/bash
-# Writes "@ MANAGER SUB-AGENT" to the console when a phase begins: how far the upgrades are, from the files of the home alone. Only bash's
+# Writes "upgrades: MANAGER SUB-AGENT" to the console when a phase begins: how far the upgrades are, from the files of the home alone. Only bash's
 # own commands are used, so it costs the emulated processor little.
 home=/opt/aops
 agent=changed
@@ -61,6 +61,6 @@ while :; do
     fi
     if [ "$manager $changed" != "$last" ]; then
         last="$manager $changed"
-        echo "@ $last" >/dev/ttyS0
+        echo "upgrades: $last" >/dev/ttyS0
     fi
 done
