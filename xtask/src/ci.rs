@@ -91,7 +91,7 @@ const CHECKS: &[Check] = &[
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
 /// By the check `static-executable`.
-const BUILT_FOR_HOSTS: &str = "dist/aops-linux-amd64";
+const BUILT_FOR_HOSTS: &str = "dist-ci/aops-linux-amd64";
 /// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
 
