@@ -18,6 +18,7 @@ use std::os::raw::c_long;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
@@ -28,12 +29,17 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 pub(crate) use self::call::{Call, Change};
+use crate::wait::try_every;
 
 /// `ptrace_syscall_info.op` at the entry and at the exit of a system call.
 const ENTRY: u8 = 1;
 const EXIT: u8 = 2;
 /// The event of a stop that a seized process makes of its own (PTRACE_EVENT_STOP).
 const EVENT_STOP: i32 = 128;
+
+/// For killed processes to be gone.
+const END: Duration = Duration::from_secs(60);
+const END_POLL: Duration = Duration::from_millis(5);
 
 /// Sees the calls of the traced processes. Several threads call it: each command has a tracer of its own.
 pub(crate) trait Observer: Send + Sync {
@@ -66,6 +72,19 @@ impl Trace {
     /// The traced processes.
     pub(crate) fn live(&self) -> BTreeSet<i32> {
         self.with(|state| state.live.clone())
+    }
+
+    /// Kills every traced process. A traced one cannot be stopped first by a signal, so one may still see the death of another and start it
+    /// again, which is then killed, too.
+    pub(crate) fn end(&self) -> Result<()> {
+        let gone = try_every(END_POLL, END, || {
+            let live = self.live();
+            for process in &live {
+                let _ = kill(Pid::from_raw(*process), Signal::SIGKILL);
+            }
+            live.is_empty().then_some(())
+        });
+        gone.with_context(|| format!("cannot kill the traced processes {:?}; end them by hand", self.live()))
     }
 
     /// Fails if a system call is in no list, so that it is unknown whether it changes anything.

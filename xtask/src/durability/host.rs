@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::event::Recording;
 use super::layout::Layout;
 use super::recorder::Recorder;
+use crate::command::say;
 use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
 use crate::package::Package;
 use crate::trace::{Observer, Trace};
@@ -44,6 +45,7 @@ esac
 
 struct Host {
     fleet: Fleet,
+    started: Instant,
     trace: Trace,
     recorder: Arc<Recorder>,
     executable: PathBuf,
@@ -59,24 +61,29 @@ pub(super) fn record(executable: &Path) -> Result<(Layout, Recording)> {
     let outcome = host.change_everything();
     outcome.with_context(|| format!("the recorded host fails\n{}", host.fleet.logs()))?;
     host.trace.check()?;
+    host.trace.end()?;
     Ok((Layout::new(&host.fleet.home()), host.recorder.take()))
 }
 
 impl Host {
     fn new(executable: &Path) -> Result<Host> {
-        let mut fleet = Fleet::new(executable)?;
+        let fleet = Fleet::new(executable)?;
         quietly(&mut fleet.gateway("init"))?;
         publish(&fleet, executable)?;
-        fleet.start_gateway()?;
         let recorder = Arc::new(Recorder::new(&fleet.home()));
         let trace = Trace::new(Arc::clone(&recorder) as Arc<dyn Observer>);
         let executable = executable.to_owned();
-        Ok(Host { fleet, trace, recorder, executable, manager: None, release: RELEASES[0], has_removed: true })
+        let started = Instant::now();
+        let (manager, release, has_removed) = (None, RELEASES[0], true);
+        let mut host = Host { fleet, started, trace, recorder, executable, manager, release, has_removed };
+        // The gateway has the order when the first heartbeat comes; the next one would come half a minute later.
+        host.order()?;
+        host.fleet.start_gateway()?;
+        Ok(host)
     }
 
     fn change_everything(&mut self) -> Result<()> {
         self.begin("a first installation");
-        self.order()?;
         self.install(MANAGERS[0])?;
         // Before the manager reads it next: the shortest trial.
         let settings = self.fleet.home().join("etc/conf.toml");
@@ -134,7 +141,7 @@ impl Host {
     }
 
     fn begin(&self, change: &'static str) {
-        crate::command::say(&format!("durability: {change}"));
+        say(&format!("durability: {change}, after {} s", self.started.elapsed().as_secs()));
         self.recorder.begin(change);
     }
 
