@@ -223,6 +223,25 @@ pub(crate) fn agent<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
     status["agents"].as_array()?.iter().find(|agent| agent["name"] == name)
 }
 
+/// A sub-agent's process in a status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct AgentProcess {
+    pub(crate) name: String,
+    pub(crate) pid: u32,
+    pub(crate) restarts: u64,
+}
+
+/// The process of each sub-agent in a status; an error if one has none.
+pub(crate) fn agent_processes(status: &Value) -> Result<Vec<AgentProcess>> {
+    let agents = status["agents"].as_array().context("the status has no sub-agents")?;
+    let one = |agent: &Value| {
+        let name = agent["name"].as_str().unwrap_or_default().to_owned();
+        let pid = pid(&agent["pid"]).with_context(|| format!("the status has no pid for {name}"))?;
+        Ok(AgentProcess { name, pid, restarts: agent["restarts"].as_u64().unwrap_or(0) })
+    };
+    agents.iter().map(one).collect()
+}
+
 /// A pid in a status; `None` if it is null.
 pub(crate) fn pid(value: &Value) -> Option<u32> {
     u32::try_from(value.as_u64()?).ok()

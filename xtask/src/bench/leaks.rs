@@ -10,10 +10,11 @@ use anyhow::{Context, Result, bail, ensure};
 use super::contestant::{Contestant, PATIENCE};
 use super::control_socket::ControlSocket;
 use super::heading;
-use super::probe::{Memory, open_files, threads, zombies};
+use super::probe::{Memory, open_files, threads};
 use super::supervise::programs;
 use super::verdicts::Verdicts;
 use crate::command::say;
+use crate::processes::zombies;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -99,7 +100,7 @@ fn look(manager: u32) -> Result<Held> {
             dirty_kib: Memory::of(&[manager])?.dirty,
             open_files: open_files(manager),
             threads: threads(manager).len(),
-            zombies: zombies(manager),
+            zombies: zombies(manager).len(),
         };
         let before = least.unwrap_or(held);
         least = Some(Held {

@@ -42,15 +42,6 @@ pub(crate) fn open_files(pid: u32) -> usize {
     numbers(&format!("/proc/{pid}/fd")).len()
 }
 
-/// Children that have exited and were not waited for.
-pub(crate) fn zombies(parent_pid: u32) -> usize {
-    let is_zombie = |pid: u32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
-    };
-    numbers("/proc").into_iter().filter(|pid| parent(*pid) == Some(parent_pid) && is_zombie(*pid)).count()
-}
-
 /// CPU time of each current thread of these processes, in milliseconds.
 #[derive(Debug)]
 pub(crate) struct Cpu(HashMap<u32, f64>);
@@ -114,6 +105,7 @@ pub(crate) fn wake_ups(pids: &[u32]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::processes;
 
     #[test]
     fn a_child_is_found_below_its_parent_with_its_cost() {
@@ -123,7 +115,9 @@ mod tests {
         let memory = Memory::of(&[own]).unwrap();
         let before = Cpu::of(&[own]);
         child.kill().unwrap();
-        let ended = crate::wait::try_for(std::time::Duration::from_secs(10), || (zombies(own) > 0).then_some(()));
+        let ended = crate::wait::try_for(std::time::Duration::from_secs(10), || {
+            (!processes::zombies(own).is_empty()).then_some(())
+        });
         child.wait().unwrap();
         assert_eq!(family.first(), Some(&own));
         assert!(family.contains(&child.id()));

@@ -4,6 +4,7 @@
 //! machine affects all alike. A program itself reports when it started; the clock starts just before the kill.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -53,14 +54,21 @@ const SLOW_MILLISECONDS: f64 = 5_000.0;
 
 /// Builds and compiles the programs that every measurement needs.
 pub(super) fn programs() -> Result<Programs> {
+    let [floor, sleeper] = compiled()?;
+    let agent = dist::build(Target::LinuxAmd64, dist::RELEASE)?;
+    Ok(Programs { sleeper, floor, agent, gateway: dist::gateway()? })
+}
+
+/// Compiles the floor, and the program that every supervisor runs.
+pub(super) fn compiled() -> Result<[PathBuf; 2]> {
     apt::install(NEEDS)?;
     let at = |name: &str| workspace::cache_path(&format!("bench-{name}"));
     std::fs::create_dir_all(workspace::cache_path(""))?;
-    for name in ["floor", "sleeper"] {
+    let programs = ["floor", "sleeper"];
+    for name in programs {
         compile(&workspace::root().join(format!("xtask/src/floor/{name}.c")), &at(name))?;
     }
-    let agent = dist::build(Target::LinuxAmd64, dist::RELEASE)?;
-    Ok(Programs { sleeper: at("sleeper"), floor: at("floor"), agent, gateway: dist::gateway()? })
+    Ok(programs.map(at))
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {

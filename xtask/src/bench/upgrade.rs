@@ -1,43 +1,51 @@
-//! `cargo xtask bench upgrade`: measures how long a host is without a manager during an upgrade, without a service manager and under
-//! systemd.
+//! `cargo xtask bench upgrade`: measures upgrades of the manager and of a sub-agent, without a service manager and under systemd: how long
+//! something is down, the CPU time, and the bytes written.
 //!
-//! The manager is upgraded back and forth between two releases that differ only in their bytes. A client holds a connection to the old
-//! manager, which closes it on exit, and then tries every millisecond until the new manager answers. systemd runs in a disposable
-//! container: nothing is installed on this machine.
+//! The manager goes back and forth between two releases that differ only in their bytes. A client holds a connection to the old manager,
+//! which closes it on exit, and then tries every millisecond until the new manager answers. A sub-agent goes round three releases of a
+//! program that reports, by its own clock, when it is stopped and when it runs. In the same container, in the same round, systemd restarts
+//! the unit of a minimal supervisor in C (the floor) with the same program. systemd runs in a disposable container: nothing is installed on
+//! this machine.
+//!
+//! CPU time and bytes are those of `/proc` (`spent`): own figures of the live processes plus those of the children that they have waited
+//! for, so every one-shot and each replaced manager is counted. Under systemd, init and all below it count, so that what systemd does for
+//! a start is a part on both sides; the container's files are in memory, so no bytes are counted there.
 
-use std::fmt::Write as _;
-use std::fs;
+mod figures;
+mod host;
+mod location;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Result, ensure};
 
-use super::contestant::{PATIENCE, desired};
-use super::control_socket::ControlSocket;
-use super::reports::Moment;
-use super::statistics::{Samples, short};
-use super::verdicts::Verdicts;
-use super::{build, heading};
+use self::figures::Figures;
+use self::host::Host;
+use self::location::{DEPOT, GATEWAY_LOG, HOME, Location, PROGRAM};
+use super::contestant::desired;
+use super::reports::Reports;
+use super::{build, heading, supervise};
 use crate::command::{is_root, read, say};
 use crate::container::Container;
-use crate::fleet::{Fleet, logs, next_manager, pid, quietly, write_fleet};
-use crate::package::Package;
-use crate::wait::try_for;
+use crate::fleet::{Fleet, next_manager, quietly};
+use crate::package::{Package, arch};
 use crate::{apt, rootfs, test};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The number of upgrades
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    /// The number of upgrades of the manager, and of a sub-agent, under each service manager; one takes about 25 s
+    #[arg(long, value_name = "N", default_value_t = 14, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// The number of running sub-agents
+    /// The number of running sub-agents beside the one that is upgraded
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=500))]
     agents: u16,
     /// Which service manager starts the manager
     #[arg(long, value_enum, default_value_t = Services::Both)]
     service: Services,
+    /// The executable to use [default: the release is built]
+    #[arg(long, value_name = "FILE")]
+    executable: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -51,7 +59,7 @@ enum Services {
 struct Service {
     name: &'static str,
     most: f64,
-    measure: fn(&Path, &Arguments, &mut Figures) -> Result<()>,
+    measure: fn(&Programs, &Arguments, &mut Figures) -> Result<()>,
 }
 
 const NONE: Service = Service { name: "without a service manager", most: 100.0, measure: alone };
@@ -60,33 +68,27 @@ const SYSTEMD: Service = Service { name: "under systemd", most: 1_500.0, measure
 
 /// The installed release and the other one.
 const RELEASES: [&str; 2] = ["0.1.0", "0.1.1"];
-/// The shortest trial that is allowed.
-const SETTINGS: &str = "\nupgradeTrial = \"5s\"\n";
-/// The interval between two attempts to reach the new manager.
-const POLL_INTERVAL: Duration = Duration::from_millis(1);
+/// The sub-agent that is upgraded, and its releases. A host keeps two, so each of three is fetched again in its turn.
+const CHANGED: &str = "changed";
+const SUB_AGENT_RELEASES: [&str; 3] = ["1", "2", "3"];
+/// The size of its content beside the program, which cannot be compressed: a middling agent.
+const CONTENT_BYTES: usize = 8 << 20;
 
-/// Where the container has the executable, the gateway and the home.
-const PROGRAM: &str = "/tmp/aops";
-const DEPOT: &str = "/tmp/gateway";
-const GATEWAY_LOG: &str = "/tmp/gateway.log";
 const ADDRESS: &str = "127.0.0.1:8888";
-const HOME: &str = "/opt/aops";
 
-/// Milliseconds, a sample for each upgrade.
-#[derive(Default)]
-struct Figures {
-    gap: Samples,
-    trial: Samples,
-    commit: Samples,
-    rounds: u32,
-    /// A sub-agent has a new process, or was restarted.
-    touched: bool,
-    /// The restarts of both roles, as the last status counts them.
-    role_restarts: u64,
+struct Programs {
+    aops: PathBuf,
+    floor: PathBuf,
+    sleeper: PathBuf,
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let aops = build(&[], "aops-gateway")?;
+    let [floor, sleeper] = supervise::compiled()?;
+    let aops = match &arguments.executable {
+        Some(executable) => std::path::absolute(executable)?,
+        None => build(&[], "aops-gateway")?,
+    };
+    let programs = Programs { aops, floor, sleeper };
     println!("\n{}", heading("cargo xtask bench upgrade")?);
     let services = match arguments.service {
         Services::None => &[NONE][..],
@@ -95,50 +97,26 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     };
     for service in services {
         let mut figures = Figures::default();
-        let measured = (service.measure)(&aops, arguments, &mut figures);
+        let measured = (service.measure)(&programs, arguments, &mut figures);
         // Print the figures even if a later step failed.
-        print!("{}", figures.shown(service, arguments));
+        print!("{}", figures.shown(service, arguments.agents));
         measured?;
     }
     Ok(())
 }
 
-impl Figures {
-    fn shown(&self, service: &Service, arguments: &Arguments) -> String {
-        let name = service.name;
-        let mut text =
-            format!("\n{name}: {} upgrades with {} sub-agents, milliseconds\n", self.rounds, arguments.agents);
-        let _ = writeln!(text, "{:<46} {:>8} {:>8} {:>8}", "", "median", "p95", "slowest");
-        for (what, samples) in [
-            ("exit of the old manager until the new one answers", &self.gap),
-            ("order until the release is on trial", &self.trial),
-            ("order until it is committed", &self.commit),
-        ] {
-            let shown = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), short);
-            let [median, p95, slowest] = [samples.median(), samples.p95(), samples.slowest()].map(shown);
-            let _ = writeln!(text, "{what:<46} {median:>8} {p95:>8} {slowest:>8}");
-        }
-        let mut verdicts = Verdicts::default();
-        verdicts.at_most(&format!("{name}: without a manager, median"), self.gap.median(), service.most, "ms");
-        if self.rounds > 0 {
-            verdicts.is(&format!("{name}: every sub-agent kept its process without a restart"), !self.touched);
-            let counted =
-                format!("{name}: no restart of the manager or the watchdog was counted: {}", self.role_restarts);
-            verdicts.is(&counted, self.role_restarts == 0);
-        }
-        text + "\n" + verdicts.text()
-    }
-}
-
-fn alone(aops: &Path, arguments: &Arguments, figures: &mut Figures) -> Result<()> {
-    let mut fleet = prepare(aops, arguments)?;
+fn alone(programs: &Programs, arguments: &Arguments, figures: &mut Figures) -> Result<()> {
+    let mut fleet = Fleet::new(&programs.aops)?;
+    let (socket, _) = Location::Alone(&fleet).reports();
+    prepare(&fleet, programs, arguments, &socket, figures)?;
     fleet.start_gateway()?;
-    quietly(&mut fleet.install(aops))?;
-    let host = Host { home: fleet.home(), depot: fleet.depot(), gateway_log: fleet.path("gateway.log") };
-    host.measure(arguments, figures)
+    let location = Location::Alone(&fleet);
+    let reports = Reports::listen(&location.reports().1)?;
+    quietly(&mut fleet.install(&programs.aops))?;
+    Host::new(location, arguments, reports).measure(figures)
 }
 
-fn under_systemd(aops: &Path, arguments: &Arguments, figures: &mut Figures) -> Result<()> {
+fn under_systemd(programs: &Programs, arguments: &Arguments, figures: &mut Figures) -> Result<()> {
     let rootfs = match root_file_system() {
         Ok(rootfs) => rootfs,
         Err(error) => {
@@ -146,10 +124,15 @@ fn under_systemd(aops: &Path, arguments: &Arguments, figures: &mut Figures) -> R
             return Ok(());
         }
     };
-    let fleet = prepare(aops, arguments)?;
     say("booting a container");
     let container = Container::systemd_of(rootfs);
-    container.copy_in(aops, PROGRAM, 0o755);
+    let location = Location::Systemd(&container);
+    let (inside, outside) = location.reports();
+    let fleet = Fleet::new(&programs.aops)?;
+    prepare(&fleet, programs, arguments, &inside, figures)?;
+    let reports = Reports::listen(&outside)?;
+    container.copy_in(&programs.aops, PROGRAM, 0o755);
+    location.install_floor(&programs.floor, &programs.sleeper)?;
     read(Command::new("cp").arg("-a").args([fleet.depot(), container.path(DEPOT)]))?;
     let serve = format!("exec {PROGRAM} gateway run --dir {DEPOT} --listen {ADDRESS} 2>{GATEWAY_LOG}");
     let gateway = container.spawn(&["sh", "-c", &serve]);
@@ -159,8 +142,7 @@ fn under_systemd(aops: &Path, arguments: &Arguments, figures: &mut Figures) -> R
          --trusted-key {DEPOT}/keys/aops.pub --ca-cert {DEPOT}/tls/cert.pem; systemctl is-active aops-spm"
     );
     container.shell(&install).expect_success();
-    let [home, depot, gateway_log] = [HOME, DEPOT, GATEWAY_LOG].map(|inside| container.path(inside));
-    Host { home, depot, gateway_log }.measure(arguments, figures)
+    Host::new(location, arguments, reports).measure(figures)
 }
 
 /// The root file system of containers.
@@ -170,133 +152,56 @@ fn root_file_system() -> Result<PathBuf> {
     rootfs::get()
 }
 
-/// A gateway that is not started yet, with both releases of the manager and the sub-agents.
-fn prepare(aops: &Path, arguments: &Arguments) -> Result<Fleet> {
-    say(&format!("publishing {} packages", usize::from(arguments.agents) + RELEASES.len()));
-    let fleet = Fleet::new(aops)?;
+/// Fills a gateway that is not started yet with both releases of the manager, the sub-agents, and both releases of the one that is upgraded,
+/// which reports its start to `socket`.
+fn prepare(
+    fleet: &Fleet,
+    programs: &Programs,
+    arguments: &Arguments,
+    socket: &Path,
+    figures: &mut Figures,
+) -> Result<()> {
+    say(&format!("publishing {} packages", usize::from(arguments.agents) + RELEASES.len() + SUB_AGENT_RELEASES.len()));
     quietly(&mut fleet.gateway("init"))?;
     let publish = |package: &Package| quietly(fleet.gateway("publish").args(package.arguments()));
+    let package =
+        |name: &str, version: &str| fleet.depot().join(format!("depot/{name}-{version}_linux_{}.tar.zst", arch()));
     for version in RELEASES {
-        publish(&next_manager(aops, version)?)?;
+        publish(&next_manager(&programs.aops, version)?)?;
     }
+    let unpacked = std::fs::metadata(&programs.aops)?.len() + RELEASES[0].len() as u64;
+    figures.manager.set_sizes(&package("aops-spm", RELEASES[0]), unpacked)?;
     for name in names(arguments) {
         publish(&Package::sleeper(&name, "1"))?;
     }
-    fleet.write_fleet(&wanted(arguments, RELEASES[0]))?;
-    Ok(fleet)
+    let sleeper = std::fs::read(&programs.sleeper)?;
+    for (version, seed) in SUB_AGENT_RELEASES.into_iter().zip(1..) {
+        let command = ["bin/sleeper", &socket.display().to_string(), CHANGED];
+        let package = Package::native(CHANGED, version, &command, "").with_file("bin/sleeper", &sleeper, 0o755);
+        publish(&package.with_file("data", noise(seed), 0o644))?;
+    }
+    let unpacked = (sleeper.len() + CONTENT_BYTES) as u64;
+    figures.sub_agent.set_sizes(&package(CHANGED, SUB_AGENT_RELEASES[0]), unpacked)?;
+    fleet.write_fleet(&wanted(arguments, RELEASES[0], SUB_AGENT_RELEASES[0]))
+}
+
+/// Bytes that cannot be compressed, by a xorshift generator.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let words = std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.take(CONTENT_BYTES / 8).flatten().collect()
 }
 
 fn names(arguments: &Arguments) -> Vec<String> {
     (0..arguments.agents).map(|number| format!("sleeper-{number:03}")).collect()
 }
 
-fn wanted(arguments: &Arguments, manager: &str) -> String {
-    format!("manager.version = {manager:?}\n{}", desired(&names(arguments), "1s"))
-}
-
-/// The paths of a host and its gateway, as seen from this process.
-struct Host {
-    home: PathBuf,
-    depot: PathBuf,
-    gateway_log: PathBuf,
-}
-
-impl Host {
-    fn measure(&self, arguments: &Arguments, figures: &mut Figures) -> Result<()> {
-        let measured = self.upgrade_all(arguments, figures);
-        if measured.is_err() {
-            println!("Logs:\n{}", logs(&self.gateway_log, &self.home));
-        }
-        measured
-    }
-
-    fn upgrade_all(&self, arguments: &Arguments, figures: &mut Figures) -> Result<()> {
-        let settings = self.home.join("etc/conf.toml");
-        let shortened = fs::read_to_string(&settings).context("cannot read the settings")? + SETTINGS;
-        fs::write(&settings, shortened).context("cannot write the settings")?;
-        let count = usize::from(arguments.agents);
-        let runs =
-            |version: &'static str| move |status: &Value| is_committed(status, version) && all_run(status, count);
-        let (_, status) = self.wait_for("the host to start", runs(RELEASES[0]))?;
-        let before = processes(&status)?;
-        for (round, version) in (1..=arguments.rounds).zip(RELEASES.iter().copied().cycle().skip(1)) {
-            say(&format!("upgrading the manager, {round} of {}", arguments.rounds));
-            self.upgrade(&wanted(arguments, version), version, figures)?;
-            let (_, status) = self.wait_for("all to run", runs(version))?;
-            let after = processes(&status)?;
-            figures.rounds = round;
-            figures.touched = before != after;
-            ensure!(!figures.touched, "the manager's upgrade changed sub-agents from {before:?} to {after:?}");
-            let restarts = |role: &str| status[role]["restarts"].as_u64().unwrap_or(0);
-            figures.role_restarts = restarts("spm") + restarts("spa");
-        }
-        Ok(())
-    }
-
-    fn upgrade(&self, wanted: &str, version: &str, figures: &mut Figures) -> Result<()> {
-        let mut socket = ControlSocket::open(&self.home)?;
-        let old = manager(&socket.status()?).context("the status has no pid of the manager")?;
-        write_fleet(&self.depot, wanted)?;
-        let ordered = Moment::now();
-        socket.wait_for_end()?;
-        let ended = Moment::now();
-        figures.gap.add(self.first_answer(old, ended)?.since(ended));
-        let is_on_trial = |status: &Value| status["version"] == version && status["upgrade"]["phase"] == "trial";
-        let (on_trial, _) = self.wait_for("the trial", is_on_trial)?;
-        figures.trial.add(on_trial.since(ordered));
-        let (committed, _) = self.wait_for("the commit", |status| is_committed(status, version))?;
-        figures.commit.add(committed.since(ordered));
-        Ok(())
-    }
-
-    /// The time when a manager other than `old` answers.
-    fn first_answer(&self, old: u32, ended: Moment) -> Result<Moment> {
-        loop {
-            let answer = ControlSocket::open(&self.home).and_then(|mut socket| socket.status());
-            let now = Moment::now();
-            if answer.is_ok_and(|status| manager(&status).is_some_and(|pid| pid != old)) {
-                return Ok(now);
-            }
-            ensure!(now.since(ended) < PATIENCE.as_secs_f64() * 1e3, "no new manager answers");
-            std::thread::park_timeout(POLL_INTERVAL);
-        }
-    }
-
-    /// Waits until `is_wanted` accepts the status; returns the time and the status.
-    fn wait_for(&self, what: &str, is_wanted: impl Fn(&Value) -> bool) -> Result<(Moment, Value)> {
-        let mut last = Value::Null;
-        let found = try_for(PATIENCE, || {
-            last = ControlSocket::open(&self.home).and_then(|mut socket| socket.status()).ok()?;
-            is_wanted(&last).then(Moment::now)
-        });
-        match found {
-            Some(moment) => Ok((moment, last)),
-            None => bail!("timed out after {PATIENCE:?} waiting for {what}; the last status: {last:#}"),
-        }
-    }
-}
-
-fn manager(status: &Value) -> Option<u32> {
-    pid(&status["spm"]["pid"])
-}
-
-fn is_committed(status: &Value, version: &str) -> bool {
-    status["version"] == version && status["upgrade"].is_null()
-}
-
-/// Whether both roles and `count` sub-agents run.
-fn all_run(status: &Value, count: usize) -> bool {
-    let agents = status["agents"].as_array().map(Vec::as_slice).unwrap_or_default();
-    status["state"] == "running" && agents.iter().filter(|agent| agent["state"] == "running").count() == count
-}
-
-/// Name, pid and restart count of each sub-agent.
-fn processes(status: &Value) -> Result<Vec<(String, u32, u64)>> {
-    let agents = status["agents"].as_array().context("the status has no sub-agents")?;
-    let one = |agent: &Value| {
-        let name = agent["name"].as_str().unwrap_or_default().to_owned();
-        let pid = pid(&agent["pid"]).with_context(|| format!("the status has no pid for {name}"))?;
-        Ok((name, pid, agent["restarts"].as_u64().unwrap_or(0)))
-    };
-    agents.iter().map(one).collect()
+fn wanted(arguments: &Arguments, manager: &str, sub_agent: &str) -> String {
+    let others = desired(&names(arguments), "1s");
+    format!("manager.version = {manager:?}\n{others}[agents.{CHANGED}]\nversion = {sub_agent:?}\n")
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::bench::probe::{threads, zombies};
+use crate::bench::probe::threads;
 use crate::processes;
 
 /// What the contents of the state files may add: the history of changes is the longest and has a limit of its own.
@@ -56,7 +56,7 @@ impl Census {
                 census.add(format!("descriptor of the {role}: {descriptor}"), 1);
             }
             census.add(format!("threads of the {role}"), threads(pid).len() as u64);
-            census.add(format!("zombies of the {role}"), zombies(pid) as u64);
+            census.add(format!("zombies of the {role}"), processes::zombies(pid).len() as u64);
         }
         Ok(census)
     }

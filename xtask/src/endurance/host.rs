@@ -14,7 +14,7 @@ use crate::bench::control_socket::ControlSocket;
 use crate::bench::probe::Memory;
 use crate::bench::spent::Spent;
 use crate::command::read;
-use crate::fleet::{Fleet, SOON, next_manager, pid, quietly};
+use crate::fleet::{AgentProcess, Fleet, SOON, agent_processes, next_manager, pid, quietly};
 use crate::package::Package;
 use crate::processes;
 
@@ -58,9 +58,6 @@ pub(super) struct Upgrade {
     pub(super) deaths: u64,
 }
 
-/// A sub-agent's process: name, pid, restarts.
-type Process = (String, u32, u64);
-
 pub(super) struct Host {
     fleet: Fleet,
     agents: u16,
@@ -68,7 +65,7 @@ pub(super) struct Host {
     /// Which release runs.
     release: usize,
     /// As they were before the first upgrade.
-    sub_agents: Vec<Process>,
+    sub_agents: Vec<AgentProcess>,
 }
 
 impl Host {
@@ -89,7 +86,7 @@ impl Host {
         let text = std::fs::read_to_string(&settings).context("cannot read the settings")?;
         std::fs::write(&settings, text + SETTINGS).context("cannot write the settings")?;
         let status = self.wait_for_release("the host to run")?;
-        self.sub_agents = sub_agents(&status)?;
+        self.sub_agents = agent_processes(&status)?;
         ensure!(self.sub_agents.len() == usize::from(self.agents), "not all sub-agents run: {:?}", self.sub_agents);
         Ok(())
     }
@@ -128,9 +125,9 @@ impl Host {
 
     fn check(&self, status: &Value) -> Result<()> {
         let version = RELEASES[self.release];
-        let now = sub_agents(status)?;
+        let now = agent_processes(status)?;
         ensure!(now == self.sub_agents, "sub-agents changed from {:?} to {now:?}", self.sub_agents);
-        let gone: Vec<_> = now.iter().filter(|(_, pid, _)| !processes::is_alive(*pid)).collect();
+        let gone: Vec<_> = now.iter().filter(|process| !processes::is_alive(process.pid)).collect();
         ensure!(gone.is_empty(), "sub-agents do not run: {gone:?}");
         for role in ["spm", "spa"] {
             let pid = pid(&status[role]["pid"]).with_context(|| format!("{role} does not run"))?;
@@ -242,14 +239,4 @@ impl Host {
 fn desired(agents: u16, manager: &str) -> String {
     let listed: String = names(agents).map(|name| format!("[agents.{name}]\nversion = \"1\"\n")).collect();
     format!("heartbeatInterval = \"1s\"\nmanager.version = {manager:?}\n{listed}")
-}
-
-fn sub_agents(status: &Value) -> Result<Vec<Process>> {
-    let agents = status["agents"].as_array().context("the status has no sub-agents")?;
-    let one = |agent: &Value| {
-        let name = agent["name"].as_str().unwrap_or_default().to_owned();
-        let pid = pid(&agent["pid"]).with_context(|| format!("the status has no pid for {name}"))?;
-        Ok((name, pid, agent["restarts"].as_u64().unwrap_or(0)))
-    };
-    agents.iter().map(one).collect()
 }
