@@ -119,14 +119,21 @@ pub const CHECK: &str = "AOPS_AGENT_CHECK";
 /// Prefix of a temporary file that is about to be renamed to its final name.
 pub const TEMPORARY_PREFIX: &str = ".new-";
 
-/// Prefix of the temporary files of this process. It names the process, so that what a killed process left can be recognized.
+/// Prefix of the temporary files of this process. It identifies the process, so that what a killed process left can be recognized. After a
+/// restart of the host another process soon has the same pid, but not the same start time.
 pub fn temporary_prefix() -> String {
-    format!("{TEMPORARY_PREFIX}{}-", std::process::id())
+    let pid = std::process::id();
+    match start_time(pid) {
+        Some(start_time) => format!("{TEMPORARY_PREFIX}{pid}-{start_time}-"),
+        None => format!("{TEMPORARY_PREFIX}{pid}-"),
+    }
 }
 
-/// The process that created a temporary file, by the file's name.
-pub fn temporary_owner(name: &str) -> Option<u32> {
-    name.strip_prefix(TEMPORARY_PREFIX)?.split_once('-')?.0.parse().ok()
+/// The process that created a temporary file, by the file's name: its pid and start time.
+pub fn temporary_owner(name: &str) -> Option<(u32, u64)> {
+    let mut parts = name.strip_prefix(TEMPORARY_PREFIX)?.splitn(3, '-');
+    let (pid, start_time) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    parts.next().map(|_| (pid, start_time))
 }
 
 /// The operating system that this executable is for.

@@ -1,7 +1,7 @@
 //! The temporary files that killed processes left in a home.
 //!
-//! A process that replaces a file writes `.new-<pid>-<random>` beside it and renames it. A kill in between leaves the temporary file, and nothing
-//! reads or replaces it later.
+//! A process that replaces a file writes `.new-<pid>-<start time>-<random>` beside it and renames it. A kill or a power cut in between leaves the
+//! temporary file, and nothing reads or replaces it later.
 
 use std::fs::{self, DirEntry};
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use crate::home::Home;
 use crate::installation::permissions;
 use crate::{platform, store};
 
-/// A replacement takes less time. An older temporary file is stale even if another process has its creator's pid now.
+/// A replacement takes less time. An older temporary file is stale even if its name does not identify its creator.
 const MAX_AGE: Duration = Duration::from_secs(3600);
 
 /// Removes the temporary files whose processes have exited, and logs a warning for each that cannot be removed.
@@ -37,7 +37,8 @@ fn is_stale(entry: &DirEntry) -> bool {
     if entry.file_type().map_or(true, |kind| kind.is_dir()) {
         return false;
     }
-    let has_exited = platform::temporary_owner(name).is_some_and(|pid| platform::start_time(pid).is_none());
+    let owner = platform::temporary_owner(name);
+    let has_exited = owner.is_some_and(|(pid, start_time)| !platform::is_alive(pid, start_time));
     let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
     let age = modified.and_then(|modified| SystemTime::now().duration_since(modified).ok());
     has_exited || age.is_some_and(|age| age > MAX_AGE)
@@ -56,30 +57,34 @@ mod tests {
         let release = home.agents().join("a/1");
         fs::create_dir_all(&release).unwrap();
         home.directories().iter().for_each(|(path, _)| fs::create_dir_all(path).unwrap());
-        let own = std::process::id();
         // No system has so many processes.
-        let exited = u32::MAX - 1;
+        let exited = format!("{}-7", u32::MAX - 1);
+        let own = platform::temporary_prefix();
+        // Another process had this pid before the host was restarted.
+        let (pid, start_time) = platform::temporary_owner(&format!("{own}Ab3")).unwrap();
+        let earlier = format!("{pid}-{}", start_time + 1);
         let file = |path: PathBuf| {
             fs::write(&path, "half").unwrap();
             path
         };
         let stale = [
             file(home.state().join(format!(".new-{exited}-Ab3"))),
+            file(home.state().join(format!(".new-{earlier}-Ab3"))),
             file(home.bin().join(format!(".new-{exited}-7"))),
             file(home.agents().join(format!("a/.new-{exited}-7"))),
             file(home.root().join(".new-Ab3xyZ")),
         ];
         let an_hour_ago = SystemTime::now() - MAX_AGE - Duration::from_secs(1);
-        fs::File::open(&stale[3]).unwrap().set_modified(an_hour_ago).unwrap();
+        fs::File::open(&stale[4]).unwrap().set_modified(an_hour_ago).unwrap();
         let kept = [
-            file(home.state().join(format!(".new-{own}-Ab3"))),
+            file(home.state().join(format!("{own}Ab3"))),
             file(home.state().join(".new-Ab3xyZ")),
             file(home.state().join("releases.json")),
             file(release.join(format!(".new-{exited}-7"))),
         ];
         sweep(&home);
         let exist = |paths: &[PathBuf]| paths.iter().map(|path: &PathBuf| Path::exists(path)).collect::<Vec<_>>();
-        assert_eq!(exist(&stale), [false; 4]);
+        assert_eq!(exist(&stale), [false; 5]);
         assert_eq!(exist(&kept), [true; 4]);
     }
 }
