@@ -1,13 +1,14 @@
-//! `cargo xtask full`: everything that CI samples, whole, with a report at the end. Takes hours on two cores.
+//! `cargo xtask full`: everything that CI samples, whole, and what takes too long for CI, with a report at the end. Takes hours on two
+//! cores.
 //!
 //! ```text
 //! part          CI                                  here
 //! scenarios     a few bad releases, short chaos     every bad release, every shortage of space, minutes of chaos
 //! unit tests    256 cases for each property         20,000
 //! fuzz          seconds for each parser             minutes
-//! stranded      a sample of the steps               each step, alone and together
-//! durability    whole                               whole, with a release build
-//! power-cut     a few cuts and points               100 cuts and 300 points; clock jumps; other kernels
+//! stranded      -                                   each step of an upgrade, alone and together
+//! durability    -                                   whole, with a release build
+//! power-cut     -                                   100 cuts and 20 jumps of the clock; some on other kernels
 //! endurance     -                                   1,000 upgrades of the manager, and 200 under load
 //! ```
 //!
@@ -51,7 +52,9 @@ const PARTS: &[Part] = &[
     task("fuzz", &["fuzz", "--seconds", "120"]),
     task("stranded", &["stranded", "--homes", "12"]),
     task("durability", &["durability"]),
-    task("power-cut", &["power-cut", "--cuts", "100", "--points", "300"]),
+    task("power-cut", &["power-cut", "--cuts", "100", "--clock-jumps", "20"]),
+    task("power-cut-bullseye", &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--suite", "bullseye"]),
+    task("power-cut-trixie", &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--suite", "trixie"]),
     task("endurance", &["endurance", "--upgrades", "1000", "--homes", "16"]),
     task("endurance-under-load", &["endurance", "--upgrades", "200", "--homes", "4", "--agents", "30", "--load"]),
 ];

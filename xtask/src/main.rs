@@ -69,7 +69,7 @@ enum Task {
     Fuzz(fuzz::Arguments),
     /// Measure size, memory, latency and throughput of a release build
     Bench(bench::Arguments),
-    /// Run everything that CI samples, whole, and print a report; takes hours
+    /// Run whole what CI samples or leaves out, and print a report; takes hours
     Full(full::Arguments),
     /// Cut the power of virtual machines in mid-upgrade, and check that none is stranded
     PowerCut(power_cut::Arguments),

@@ -30,7 +30,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use self::host::{Event, Host, Parts, Plan};
-pub(crate) use self::machine::NEEDS;
+use self::machine::NEEDS;
 use self::progress::Phase;
 use self::report::Report;
 use crate::command::{is_root, read, say};
@@ -92,11 +92,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         suite,
     );
     if stranded > 0 { bail!("{stranded} hosts were stranded") } else { Ok(()) }
-}
-
-/// Fetches the kernel that machines have unless another suite is chosen.
-pub(crate) fn fetch_kernel() -> Result<()> {
-    kernel::get(Suite::Bookworm).map(drop)
 }
 
 /// The given executable if it has the gateway, otherwise the one of `cargo build`.
