@@ -90,6 +90,8 @@ pub(super) struct Progress {
     usual: BTreeMap<Phase, Duration>,
 }
 
+/// The first phases in which another release becomes the one that runs.
+const SWITCHES: [&str; 2] = ["switching", "stopping"];
 /// What `progress.sh` writes without an upgrade.
 const IDLE: &str = "idle";
 /// Phases of several seconds, and all others; until they were seen once.
@@ -165,7 +167,10 @@ impl Progress {
     fn enter(&mut self, change: Change, word: &str, at: Instant) {
         let (before, since) = self.now.get(&change).copied().unwrap_or((change.ordered(), at));
         let phase = match word {
-            IDLE if before == change.ordered() => before,
+            // Between two phases nothing may be seen; only after the last ones the upgrade is done.
+            IDLE if before.number < change.phases().iter().position(|name| SWITCHES.contains(name)).unwrap_or(0) => {
+                before
+            }
             IDLE => change.done(),
             word => match change.phases().iter().position(|name| *name == word) {
                 Some(number) => Phase { change, number },

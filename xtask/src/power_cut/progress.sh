@@ -3,6 +3,8 @@
 # own commands are used, so it costs the emulated processor little.
 home=/opt/aops
 agent=changed
+# Created again and again: a file that is newer was written in the last two seconds.
+mark=/run/progress.mark
 mkfifo /run/progress.pipe
 exec 9<>/run/progress.pipe
 shopt -s nullglob
@@ -25,26 +27,25 @@ is_proving() {
     return 1
 }
 
-is_fetching() {
-    local partial=("$home/cache/$1"-*.part)
-    ((${#partial[@]}))
+# Whether a package is fetched or unpacked; a cut may leave one that is removed only at the next download.
+download() {
+    local package trees=("$home"/staging/*)
+    for package in "$home/cache/$1"-*.part; do
+        [[ $2 == @(fetching|unpacking) ]] && ((${#trees[@]})) && step=unpacking && return 0
+        [ "$package" -nt $mark ] && step=fetching && return 0
+    done
+    return 1
 }
 
-# The trees of two downloads at the same time cannot be distinguished.
-staging() {
-    local trees=("$home"/staging/*)
-    if ((${#trees[@]})); then step=unpacking; else step=fetching; fi
-}
-
-last= before=
+looks=0 last= before= manager=idle changed=idle
 while :; do
     # The pause between two looks.
     read -r -t 0.1 -u 9
+    ((looks++ % 15)) || : >$mark
     if contains $home/state/upgrade.json '"phase": *"([a-zA-Z]+)'; then
         manager=${BASH_REMATCH[1]}
         [ "$manager" = trial ] && is_proving && manager=proof
-    elif is_fetching aops-spm; then
-        staging
+    elif download aops-spm "$manager"; then
         manager=$step
     else
         manager=idle
@@ -56,8 +57,8 @@ while :; do
         [ "$pid" = "$before" ] && changed=stopping
         [ "$pid" ] || changed=starting
     else
-        before=$pid changed=idle
-        is_fetching $agent && staging && changed=$step
+        before=$pid
+        if download $agent "$changed"; then changed=$step; else changed=idle; fi
     fi
     if [ "$manager $changed" != "$last" ]; then
         last="$manager $changed"
