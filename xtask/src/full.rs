@@ -8,7 +8,7 @@
 //! fuzz          seconds for each parser             minutes
 //! stranded      -                                   each step of an upgrade, alone and together
 //! durability    -                                   whole, with a release build
-//! power-cut     -                                   100 cuts and 20 jumps of the clock; some on other kernels
+//! power-cut     -                                   100 cuts, 20 jumps of the clock, 300 points between two writes; other kernels
 //! endurance     -                                   1,000 upgrades of the manager, and 200 under load
 //! ```
 //!
@@ -52,9 +52,16 @@ const PARTS: &[Part] = &[
     task("fuzz", &["fuzz", "--seconds", "120"]),
     task("stranded", &["stranded", "--homes", "12"]),
     task("durability", &["durability"]),
-    task("power-cut", &["power-cut", "--cuts", "100", "--clock-jumps", "20"]),
-    task("power-cut-bullseye", &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--suite", "bullseye"]),
-    task("power-cut-trixie", &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--suite", "trixie"]),
+    task("power-cut", &["power-cut", "--cuts", "100", "--clock-jumps", "20", "--points", "300"]),
+    task("power-cut-xfs", &["power-cut", "--cuts", "0", "--points", "60", "--filesystem", "xfs"]),
+    task(
+        "power-cut-bullseye",
+        &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--points", "0", "--suite", "bullseye"],
+    ),
+    task(
+        "power-cut-trixie",
+        &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--points", "0", "--suite", "trixie"],
+    ),
     task("endurance", &["endurance", "--upgrades", "1000", "--homes", "16"]),
     task("endurance-under-load", &["endurance", "--upgrades", "200", "--homes", "4", "--agents", "30", "--load"]),
 ];

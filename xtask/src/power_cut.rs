@@ -15,10 +15,12 @@
 //! upgrades, not over the time, of which a trial takes most.
 #![allow(clippy::print_stdout, reason = "the report is its output")]
 
+mod block_log;
 mod host;
 mod image;
 mod kernel;
 mod machine;
+mod points;
 mod progress;
 mod report;
 
@@ -31,6 +33,7 @@ use anyhow::{Context, Result, bail};
 
 use self::host::{Event, Host, Parts, Plan};
 use self::machine::NEEDS;
+use self::points::FileSystem;
 use self::progress::Phase;
 use self::report::Report;
 use crate::command::{is_root, read, say};
@@ -45,7 +48,13 @@ pub(crate) struct Arguments {
     /// The number of clock jumps of a day forward or back, half of them at a boot after a power cut
     #[arg(long, value_name = "N", default_value_t = 0)]
     clock_jumps: usize,
-    /// Draws the moments [default: the clock]
+    /// The number of points between two writes of an upgrade from which a host is started
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    points: usize,
+    /// The file system whose writes are recorded for the points
+    #[arg(long, value_enum, default_value_t = FileSystem::Ext4)]
+    filesystem: FileSystem,
+    /// Draws the moments and the points [default: the clock]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// The number of machines that run at the same time
@@ -77,20 +86,28 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64));
     let suite = arguments.suite.name();
     say(&format!("power-cut: seed {seed}, {suite} with the kernel {}", kernel.release));
+    let stranded_points = match arguments.points {
+        0 => 0,
+        count => points::run(&parts, count, seed, arguments.filesystem)?,
+    };
     if arguments.cuts + arguments.clock_jumps == 0 {
-        return Ok(());
+        return outcome(stranded_points);
     }
     let report = disturb_all(&parts, plans(arguments.cuts, arguments.clock_jumps, seed), arguments.machines)?;
     let stranded = report.stranded();
     print!("{}", report.table());
     println!(
-        "{} events, {stranded} stranded, in {} s; again with: cargo xtask power-cut --cuts {} --clock-jumps {} --suite {} --seed {seed}",
+        "{} events, {stranded} stranded, in {} s; again with: cargo xtask power-cut --cuts {} --clock-jumps {} --points 0 --suite {} --seed {seed}",
         report.events(),
         started.elapsed().as_secs(),
         arguments.cuts,
         arguments.clock_jumps,
         suite,
     );
+    outcome(stranded + stranded_points)
+}
+
+fn outcome(stranded: usize) -> Result<()> {
     if stranded > 0 { bail!("{stranded} hosts were stranded") } else { Ok(()) }
 }
 

@@ -233,7 +233,8 @@ impl<'a> Host<'a> {
     /// With the clock of the hardware so many days ahead, or behind.
     fn boot(&mut self, clock: Option<i32>) -> Result<()> {
         let date = |days| read(Command::new("date").args(["-u", "+%FT%T", "-d"]).arg(format!("{days:+} day")));
-        let hardware = Hardware { kernel: self.kernel, drives: &self.drives, clock: clock.map(date).transpose()? };
+        let hardware =
+            Hardware { kernel: self.kernel, drives: &self.drives, memory: 512, clock: clock.map(date).transpose()? };
         self.progress.restart();
         self.machine = Some(Machine::boot(&self.directory, &hardware)?);
         Ok(())
@@ -410,7 +411,7 @@ fn image<'a>(parts: &Parts<'a>, fleet: &Fleet) -> Image<'a> {
 }
 
 /// A release with files that cannot be compressed, and their checksums.
-fn sub_agent(version: &str) -> Package {
+pub(super) fn sub_agent(version: &str) -> Package {
     let mut package = Package::sleeper(CHANGED, version);
     let mut sums = String::new();
     let mut random = fastrand::Rng::with_seed(version.bytes().map(u64::from).sum());
@@ -423,7 +424,7 @@ fn sub_agent(version: &str) -> Package {
     package.with_file("SUMS", sums, 0o644)
 }
 
-fn sha256(bytes: &[u8]) -> String {
+pub(super) fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

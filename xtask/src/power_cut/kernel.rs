@@ -18,7 +18,7 @@ use crate::workspace;
 const PACKAGE: &str = "linux-image-cloud-amd64";
 const KERNELS: &str = "linux-image-";
 /// The modules that are kept, with those that they need.
-const MODULES: &[&str] = &["virtio_pci", "virtio_net", "xfs"];
+const MODULES: &[&str] = &["virtio_pci", "virtio_net", "virtio_blk", "xfs"];
 /// What `depmod` reads beside the modules.
 const LISTS: &[&str] = &["modules.builtin", "modules.builtin.modinfo", "modules.order"];
 

@@ -48,10 +48,10 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 const KERNEL_ARGUMENTS: &str =
     "console=ttyS0 quiet root=/dev/nvme0n1 rw panic=-1 net.ifnames=0 mitigations=off no_timer_check nowatchdog";
 
-/// An NVMe drive: a file.
+/// A drive: a file. It is an NVMe drive, or one of virtio if it is logged.
 pub(crate) struct Drive {
     pub(crate) file: PathBuf,
-    /// What the guest sees in `/sys/block/nvme*/device/serial`.
+    /// What the guest sees in `/sys/block/nvme*/device/serial`, or of virtio in `/sys/block/vd*/serial`.
     pub(crate) serial: String,
     /// The log of every write and flush (`blklogwrites`), complete after each of them.
     pub(crate) log: Option<PathBuf>,
@@ -69,6 +69,8 @@ pub(crate) struct Hardware<'a> {
     /// The first one has the root file system; the guest names them `/dev/nvme0n1`, `/dev/nvme1n1`, … in this order, but since Linux 6.2
     /// only their serial numbers are certain.
     pub(crate) drives: &'a [Drive],
+    /// Mebibytes.
+    pub(crate) memory: usize,
     /// The date and time at the start, as `2006-06-17T16:01:21` (UTC); otherwise this machine's.
     pub(crate) clock: Option<String>,
 }
@@ -232,7 +234,8 @@ fn parse(line: &str, number: u64) -> Result<Option<Ran>> {
 fn qemu(directory: &Path, socket: &Path, hardware: &Hardware<'_>) -> Result<Command> {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
-    command.args(["-accel", "tcg", "-cpu", "qemu64,+rdrand", "-smp", "2", "-m", "512"]);
+    command.args(["-accel", "tcg", "-cpu", "qemu64,+rdrand", "-smp", "2"]);
+    command.arg("-m").arg(hardware.memory.to_string());
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     command.arg("-kernel").arg(&hardware.kernel.image).args(["-append", KERNEL_ARGUMENTS]);
     let console = directory.join("console.log");
@@ -244,19 +247,22 @@ fn qemu(directory: &Path, socket: &Path, hardware: &Hardware<'_>) -> Result<Comm
         command.arg("-rtc").arg(format!("base={clock}"));
     }
     for (number, drive) in hardware.drives.iter().enumerate() {
-        let file = format!("driver=file,filename={},node-name=file{number}", text(&drive.file));
+        let file = format!("driver=file,discard=unmap,filename={},node-name=file{number}", text(&drive.file));
         command.args(["-blockdev", &file]);
         let mut node = format!("file{number}");
         if let Some(log) = &drive.log {
             fs::File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
             command.arg("-blockdev").arg(format!("driver=file,filename={},node-name=log{number}", text(log)));
-            let mut logged = format!("driver=blklogwrites,file={node},log=log{number},node-name=logged{number}");
+            let mut logged =
+                format!("driver=blklogwrites,discard=unmap,file={node},log=log{number},node-name=logged{number}");
             // Otherwise a killed machine's log counts fewer writes than it has.
             let _ = write!(logged, ",log-super-update-interval=1");
             command.args(["-blockdev", &logged]);
             node = format!("logged{number}");
         }
-        command.arg("-device").arg(format!("nvme,drive={node},serial={}", drive.serial));
+        // QEMU's NVMe ignores the flag FUA of a write; with virtio, the guest flushes after it, and the log has that.
+        let device = if drive.log.is_some() { "virtio-blk-pci" } else { "nvme" };
+        command.arg("-device").arg(format!("{device},drive={node},serial={}", drive.serial));
     }
     Ok(command)
 }
