@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use super::super::block_log::{Change, Cut, Entry, Loss};
 
-/// How many parts are drawn of what follows a flush, at least; the same one twice counts once.
+/// How many parts of what follows a flush are drawn, at least; the same one twice counts once.
 const PARTS: usize = 6;
 
 /// One point: a power cut in the window with that number.
@@ -40,42 +40,65 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Draws `count` different points, as many from each window; fewer if there are no more. The same arguments give the same points.
+/// Draws `count` different points, as many from each window and a third of them as of a flush; fewer if there are no more. The same
+/// arguments give the same points.
 pub(super) fn points(entries: &[Entry], windows: &[Range<usize>], count: usize, seed: u64) -> Vec<Point> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut drawn = Vec::new();
     for (number, window) in windows.iter().enumerate() {
         // The first windows have one more where the count cannot be divided.
         let share = (count + windows.len() - 1 - number) / windows.len();
-        let mut points = all(entries, window, share, &mut random);
-        random.shuffle(&mut points);
-        drawn.extend(points.into_iter().take(share).map(|(kind, cut)| Point { window: number, kind, cut }));
+        let mut flushes = flushes(entries, window);
+        let mut parts = parts(entries, window, &flushes, share, &mut random);
+        random.shuffle(&mut flushes);
+        random.shuffle(&mut parts);
+        flushes.truncate((share / 3).max(share.saturating_sub(parts.len())));
+        parts.truncate(share - flushes.len());
+        let flush = |covered| Cut { covered, completed: covered, lost: BTreeMap::new() };
+        drawn.extend(flushes.into_iter().map(|covered| Point {
+            window: number,
+            kind: Kind::Flush,
+            cut: flush(covered),
+        }));
+        drawn.extend(parts.into_iter().map(|cut| Point { window: number, kind: Kind::Part, cut }));
     }
     random.shuffle(&mut drawn);
     drawn
 }
 
-/// Every flush of a window, and different parts of what follows each: enough for `least` points where there are so many.
-fn all(entries: &[Entry], window: &Range<usize>, least: usize, random: &mut fastrand::Rng) -> Vec<(Kind, Cut)> {
-    let flushes: Vec<usize> = std::iter::once(window.start)
-        .chain(window.clone().filter(|number| entries[*number].flushes).map(|number| number + 1))
-        .collect();
+/// The number of entries that are on the disk at the begin of a window and after each of its flushes.
+fn flushes(entries: &[Entry], window: &Range<usize>) -> Vec<usize> {
+    let flushes = window.clone().filter(|number| entries[*number].flushes).map(|number| number + 1);
+    std::iter::once(window.start).chain(flushes).collect()
+}
+
+/// Different parts of what follows each flush: at least `least` in all where there are so many.
+fn parts(
+    entries: &[Entry],
+    window: &Range<usize>,
+    flushes: &[usize],
+    least: usize,
+    random: &mut fastrand::Rng,
+) -> Vec<Cut> {
     let following = |covered: usize| {
         let next = (covered..window.end).find(|number| entries[*number].flushes);
         covered..next.unwrap_or(window.end)
     };
-    let mut points: Vec<(Kind, Cut)> = flushes
-        .iter()
-        .map(|covered| (Kind::Flush, Cut { covered: *covered, completed: *covered, lost: BTreeMap::new() }))
-        .collect();
-    let open: Vec<Range<usize>> =
+    let following: Vec<Range<usize>> =
         flushes.iter().map(|covered| following(*covered)).filter(|following| !following.is_empty()).collect();
-    let parts = PARTS.max(2 * least / open.len().max(1));
-    for following in open {
-        let different: BTreeSet<Cut> = (0..parts).map(|_| part(entries, &following, random)).collect();
-        points.extend(different.into_iter().map(|cut| (Kind::Part, cut)));
+    let tries = PARTS.max(2 * least / following.len().max(1));
+    let mut parts = BTreeSet::new();
+    for following in following {
+        parts.extend((0..tries).map(|_| part(entries, &following, random)).filter(|cut| has_more(entries, cut)));
     }
-    points
+    parts.into_iter().collect()
+}
+
+/// Whether the disk differs from that as of the flush.
+fn has_more(entries: &[Entry], cut: &Cut) -> bool {
+    let is_there =
+        |number: usize| entries[number].change != Change::None && cut.lost.get(&number) != Some(&Loss::Whole);
+    (cut.covered..cut.completed).any(is_there)
 }
 
 /// A random part of what follows a flush: each entry up to a random one is whole, torn, or lost.
@@ -142,6 +165,8 @@ mod tests {
             assert_eq!(drawn.len(), count);
             let first = drawn.iter().filter(|point| point.window == 0).count();
             assert_eq!(first, count.div_ceil(2));
+            let flushes = drawn.iter().filter(|point| point.kind == Kind::Flush).count();
+            assert_eq!(flushes, count.div_ceil(2) / 3 + count / 2 / 3);
         }
     }
 
@@ -165,6 +190,7 @@ mod tests {
                 }
             }
             assert!((*covered..*completed).all(|number| !entries[number].flushes), "{point:?}");
+            assert!(point.kind == Kind::Flush || has_more(&entries, &point.cut), "{point:?}");
         }
         assert_eq!(kinds.len(), 2);
     }
