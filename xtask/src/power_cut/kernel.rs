@@ -105,13 +105,14 @@ mod tests {
 
     #[test]
     fn modules_are_kept_with_those_they_need() {
-        let listed = "kernel/net/virtio_net.ko: kernel/net/failover.ko kernel/virtio/virtio.ko\n\
+        let listed = "kernel/block/virtio_blk.ko:\nkernel/net/virtio_net.ko: kernel/net/failover.ko kernel/virtio/virtio.ko\n\
                       kernel/virtio/virtio-pci.ko.xz: kernel/virtio/virtio.ko\n\
                       kernel/other.ko: kernel/more.ko\nkernel/fs/xfs/xfs.ko:\n";
         let files: Vec<_> = needed(listed, "").unwrap().into_iter().collect();
         assert_eq!(
             files,
             [
+                "kernel/block/virtio_blk.ko",
                 "kernel/fs/xfs/xfs.ko",
                 "kernel/net/failover.ko",
                 "kernel/net/virtio_net.ko",
@@ -120,7 +121,7 @@ mod tests {
             ]
         );
         let built_in = "kernel/virtio/virtio-pci.ko\nkernel/fs/xfs/xfs.ko\n";
-        assert_eq!(needed(listed, built_in).unwrap().len(), 3);
+        assert_eq!(needed(listed, built_in).unwrap().len(), 4);
         assert!(needed("kernel/other.ko:\n", built_in).is_err());
     }
 }
