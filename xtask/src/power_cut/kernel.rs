@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use sha2::{Digest as _, Sha256};
 
 use crate::apt::Private;
 use crate::command::{run_quietly, say, text};
@@ -32,7 +33,10 @@ pub(crate) struct Kernel {
 
 /// The kernel of a suite, fetched if it is not in the cache.
 pub(crate) fn get(suite: Suite) -> Result<Kernel> {
-    let directory = workspace::cached(&format!("kernel-{}", suite.name()), |unfinished| fetch(suite, unfinished))?;
+    // With other modules it is another one.
+    let modules = Sha256::digest(MODULES.concat());
+    let name = format!("kernel-{}-{:02x}{:02x}", suite.name(), modules[0], modules[1]);
+    let directory = workspace::cached(&name, |unfinished| fetch(suite, unfinished))?;
     let modules = only_entry(&directory.join("lib/modules"))?;
     let release = modules.file_name().context("a kernel has a release")?.to_string_lossy().into_owned();
     Ok(Kernel { image: directory.join("vmlinuz"), modules, release })
