@@ -75,7 +75,7 @@ mod tests {
             file(home.root().join(".new-Ab3xyZ")),
         ];
         let an_hour_ago = SystemTime::now() - MAX_AGE - Duration::from_secs(1);
-        fs::File::open(&stale[4]).unwrap().set_modified(an_hour_ago).unwrap();
+        fs::File::options().write(true).open(&stale[4]).unwrap().set_modified(an_hour_ago).unwrap();
         let kept = [
             file(home.state().join(format!("{own}Ab3"))),
             file(home.state().join(".new-Ab3xyZ")),

@@ -346,7 +346,7 @@ fn zombie_children() -> Vec<u32> {
 }
 
 /// The children of this process, zombies included. Before it has started any, they are those of the program that it ran before
-/// [`become_program`](super::become_program).
+/// [`become_program`].
 pub fn children() -> Vec<u32> {
     children_that(|_| true)
 }
