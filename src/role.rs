@@ -3,6 +3,8 @@
 //! `run/<role>.lock` excludes a second process. `run/<role>.json` identifies the process, so that it can be shown, queried or stopped.
 //! `state/stopped.json` is the recorded intent of a stop: while it exists, neither role restarts the other.
 
+pub mod sentinel;
+
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

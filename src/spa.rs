@@ -6,7 +6,6 @@
 //! sub-agents and exits.
 
 mod one_shot;
-mod sentinel;
 mod session;
 mod starting;
 mod trial;
@@ -52,7 +51,7 @@ pub struct WatchdogOptions {
     /// Check that this program can run as the watchdog
     #[arg(long, hide = true, group = "one_shot")]
     prove: bool,
-    /// Restart the watchdog if the one that started this exits unexpectedly
+    /// Start the watchdog if the role that started this exits and no watchdog runs
     #[arg(long, hide = true, group = "one_shot")]
     sentinel: bool,
 }
@@ -62,7 +61,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     match options {
         WatchdogOptions { probe: true, .. } => return one_shot::probe(home),
         WatchdogOptions { prove: true, .. } => return one_shot::prove(home),
-        WatchdogOptions { sentinel: true, .. } => return sentinel::main(home),
+        WatchdogOptions { sentinel: true, .. } => return role::sentinel::main(home),
         _ => {}
     }
     role::require_installation(home)?;

@@ -32,6 +32,7 @@ use crate::core::service_manager::ServiceManagerKind;
 use crate::core::status::History;
 use crate::home::Home;
 use crate::output::message;
+use crate::role::sentinel::Sentinel;
 use crate::role::{self, STOPPED_ON_PURPOSE};
 use crate::{installation, logging, store};
 
@@ -98,6 +99,9 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         .thread_keep_alive(THREAD_KEEP_ALIVE)
         .build()?;
     let result = runtime.block_on(manager::run(home, options.service, &holder));
+    // Until the watchdog has started the next manager, the home depends on it alone.
+    let is_followed = !supervised && matches!(result, Ok(control_socket::Goodbye::Yield));
+    let _sentinel = is_followed.then(|| Sentinel::start(home)).flatten();
     // Does not wait for threads that are blocked on the network.
     runtime.shutdown_background();
     if let Err(error) = &result {

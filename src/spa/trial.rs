@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use self::shot::OneShot;
-use super::sentinel::Sentinel;
 use super::session::{exceeds_limits, kill_session};
 use crate::config::Config;
 use crate::core::model::Digest;
@@ -28,6 +27,7 @@ use crate::installation::upgrade::{Programs, UpgradeSession, which};
 use crate::platform;
 use crate::platform::ContentStamp;
 use crate::process::record;
+use crate::role::sentinel::Sentinel;
 use crate::role::{self, RoleHolder};
 
 /// Interval between checks while an upgrade is in progress.

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::{Manager, config_problem, warn_of_unknown_keys, with_trial_endpoint};
+use crate::core::model::AgentName;
+use crate::core::order::Package;
 use crate::core::role::Role;
 use crate::core::service_manager::Notification;
 use crate::home::Home;
@@ -50,7 +52,7 @@ impl MaintenanceSchedule {
         MaintenanceSchedule {
             next: now,
             next_check: now,
-            next_trim: now + TRIM_INTERVAL,
+            next_trim: now,
             config_modified: maintenance::modified(home),
             is_recorded: role::recorded_holder(home, Role::Spm).as_ref() == Some(own),
             is_busy: false,
@@ -152,7 +154,15 @@ impl Manager {
     pub(super) fn trim_cache(&mut self, now: Instant) {
         self.housekeeping.next_trim = now + TRIM_INTERVAL;
         let home = self.home.clone();
-        let orders = self.orders.held.agents.iter();
+        // The download of a release that is already unpacked is left over from a manager that was killed before it removed it.
+        let is_unpacked = |name: &AgentName, package: &Package| {
+            self.agents.get(name).is_some_and(|agent| {
+                let ledger = agent.state.ledger();
+                let releases = [ledger.active(), ledger.probation()];
+                releases.into_iter().flatten().any(|release| release.matches(&package.version, package.sha256.as_ref()))
+            })
+        };
+        let orders = self.orders.held.agents.iter().filter(|(name, order)| !is_unpacked(name, &order.package));
         let wanted: BTreeSet<String> =
             orders.filter_map(|(name, order)| stage::package_request(name, &order.package).file_name()).collect();
         tokio::task::spawn_blocking(move || {

@@ -4,13 +4,14 @@
 use std::fs;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::aops;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, pid};
 use crate::support::package::Package;
-use crate::support::processes::zombies;
+use crate::support::processes::{signal, zombies};
 use crate::support::release::{self, NAME};
 use crate::support::wait::{try_for, wait_for};
 
@@ -312,6 +313,21 @@ fn a_self_upgrade_completes_when_roles_are_killed_at_any_moment() {
             scope.spawn(move || killed_at_points(10, number));
         }
     });
+}
+
+#[test]
+fn a_watchdog_that_is_killed_while_no_manager_runs_strands_no_host() {
+    let (gateway, host) = host_with(&[&release::good("2.0.0")]);
+    let before = agents_of(&host);
+    let (manager, watchdog) = (running(&host, "spm").expect("it runs"), running(&host, "spa").expect("it runs"));
+    // So that it does not start the next manager.
+    signal(watchdog, Signal::STOP);
+    order(&gateway, "2.0.0");
+    wait_for("the manager to exit", ENDED, || (running(&host, "spm") != Some(manager)).then_some(()));
+    host.kill(watchdog);
+    wait_for_release(&host, "2.0.0");
+    expect_in_place(&host, &release::executable("2.0.0"));
+    assert_eq!(agents_of(&host), before);
 }
 
 #[test]

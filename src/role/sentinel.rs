@@ -1,0 +1,81 @@
+//! The sentinel: a process that covers a moment in which a host without a service manager depends on a single role. If that role exits too,
+//! the sentinel starts the watchdog, which starts the manager.
+//!
+//! ```text
+//! a manager that exits so that the next one can start: until both roles run
+//! a watchdog during the trial of a new manager, which may kill every watchdog that it finds: as long as the watchdog runs
+//! ```
+//!
+//! It holds a pipe, whose end is the exit of the process that started it.
+
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::core::role::Role;
+use crate::home::Home;
+use crate::installation::upgrade;
+use crate::{platform, role};
+
+/// Longer than two roles take to start. Then the sentinel exits: the roles watch each other.
+const TIMEOUT: Duration = Duration::from_secs(60);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// After so many polls in a row without either role, nothing starts them.
+const ABSENCES: u32 = 3;
+
+/// A running sentinel, as the role that started it holds it.
+#[derive(Debug)]
+pub struct Sentinel {
+    child: Child,
+    pipe: ChildStdin,
+}
+
+impl Sentinel {
+    /// Starts a sentinel; `None`: it cannot be started.
+    pub fn start(home: &Home) -> Option<Sentinel> {
+        // During an upgrade, the program of the release that may have to be restored.
+        let is_on_trial = upgrade::load(home).is_ok_and(|record| record.trial().is_some());
+        let program = if is_on_trial { home.backup_executable() } else { home.executable() };
+        let mut command = Command::new(program);
+        command.args(["spa", "--home"]).arg(home.public_path()).arg("--sentinel");
+        command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        platform::detach_from_caller(&mut command);
+        let spawned = command.spawn().inspect_err(|error| {
+            tracing::warn!(error = %error, "cannot start the sentinel; if the other role exits too, nothing restarts both");
+        });
+        let mut child = spawned.ok()?;
+        let pipe = child.stdin.take()?;
+        Some(Sentinel { child, pipe })
+    }
+
+    /// Stops the sentinel, which then starts nothing.
+    pub fn stop(mut self) {
+        let _ = self.pipe.write_all(b".");
+        drop(self.pipe);
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits for the exit of the role that started it. Then starts the watchdog if none runs, unless the sentinel or the home was stopped.
+pub fn main(home: &Home) -> Result<ExitCode> {
+    let is_stopped = matches!(std::io::stdin().read(&mut [0]), Ok(1..));
+    let deadline = Instant::now() + TIMEOUT;
+    let mut without = 0;
+    while !is_stopped && !role::is_stop_recorded(home) && Instant::now() < deadline {
+        let [manager, watchdog] = [Role::Spm, Role::Spa].map(|role| role::is_held(home, role));
+        if manager && watchdog {
+            break;
+        }
+        // A manager restarts the watchdog, unless it is a bad release. One that follows another takes a moment to get the lock.
+        let is_on_trial = !watchdog && upgrade::load(home)?.trial().is_some();
+        without = if manager || watchdog { 0 } else { without + 1 };
+        if is_on_trial || without >= ABSENCES {
+            role::spawn(home, Role::Spa)?;
+            break;
+        }
+        platform::pause(POLL_INTERVAL);
+    }
+    Ok(ExitCode::SUCCESS)
+}
