@@ -22,6 +22,7 @@ mod kernel;
 mod machine;
 mod points;
 mod progress;
+mod releases;
 mod report;
 
 use std::collections::VecDeque;

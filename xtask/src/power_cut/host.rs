@@ -1,7 +1,4 @@
 //! A host in a virtual machine, with a gateway of its own: it is upgraded, loses power, and must recover without help.
-//!
-//! Three releases of the manager and of one sub-agent are ordered in turn: a host keeps two, so each is fetched again. The sub-agent has
-//! many files, and a list of their checksums.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,15 +9,14 @@ use anyhow::{Context, Result, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
-use sha2::{Digest as _, Sha256};
 
 use super::image::Image;
 use super::kernel::Kernel;
 use super::machine::{Drive, HOST_ADDRESS, Hardware, Machine};
 use super::progress::{CHANGES, Change, Phase, Progress};
+use super::releases::{BYSTANDER, CHANGED, MANAGERS, RELEASES, publish};
 use crate::command::{read, say};
-use crate::fleet::{Fleet, agent, next_manager, pid, quietly};
-use crate::package::Package;
+use crate::fleet::{Fleet, agent, pid, quietly};
 use crate::wait::try_for;
 
 /// For an upgrade, and for a recovery with an upgrade after it, on a busy machine.
@@ -32,15 +28,6 @@ const QUERY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A short trial. The first answer of a new manager may take twice as long: an emulated processor needs some of it.
 const TRIAL: &str = "8s";
-
-const MANAGERS: [&str; 3] = ["0.1.0", "0.1.1", "0.1.2"];
-const RELEASES: [&str; 3] = ["7.1.0", "7.1.1", "7.1.2"];
-/// The sub-agent that is upgraded, which `progress.sh` names too, and another one.
-const CHANGED: &str = "changed";
-const BYSTANDER: &str = "bystander";
-/// Of the sub-agent that is upgraded.
-const FILES: usize = 64;
-const FILE_SIZE: usize = 32 << 10;
 
 /// What a home has at rest once it has been upgraded, beside what an installation creates.
 const AFTER_UPGRADES: [&str; 5] = [
@@ -127,7 +114,7 @@ impl<'a> Host<'a> {
     pub(super) fn new(parts: &Parts<'a>) -> Result<Host<'a>> {
         let fleet = Fleet::new(parts.gateway)?;
         quietly(fleet.gateway("init").args(["--name", HOST_ADDRESS, "--name", "127.0.0.1"]))?;
-        let executables = publish(parts, &fleet)?;
+        let executables = publish(parts.executable, &fleet)?;
         let directory = fleet.path("machine");
         std::fs::create_dir_all(&directory).context("cannot create the directory of a machine")?;
         let disk = directory.join("disk.img");
@@ -385,21 +372,6 @@ impl<'a> Host<'a> {
     }
 }
 
-/// Publishes every release; returns the checksums of the managers' executables.
-fn publish(parts: &Parts<'_>, fleet: &Fleet) -> Result<Vec<String>> {
-    let publish = |package: &Package| quietly(fleet.gateway("publish").args(package.arguments()));
-    publish(&Package::sleeper(BYSTANDER, "1"))?;
-    RELEASES.iter().try_for_each(|version| publish(&sub_agent(version)))?;
-    let one = |version| {
-        let package = next_manager(parts.executable, version)?;
-        publish(&package)?;
-        let executable =
-            std::fs::read(package.path().join("bin/aops")).context("cannot read a published executable")?;
-        Ok(sha256(&executable))
-    };
-    MANAGERS.into_iter().map(one).collect()
-}
-
 fn image<'a>(parts: &Parts<'a>, fleet: &Fleet) -> Image<'a> {
     let mut image = Image::new(parts.root, parts.kernel);
     image.copy("/root/aops", parts.executable, 0o755);
@@ -408,24 +380,6 @@ fn image<'a>(parts: &Parts<'a>, fleet: &Fleet) -> Image<'a> {
     image.file(PROGRESS_PATH, PROGRESS, 0o755);
     image.unit("upgrade-progress.service", PROGRESS_UNIT);
     image
-}
-
-/// A release with files that cannot be compressed, and their checksums.
-pub(super) fn sub_agent(version: &str) -> Package {
-    let mut package = Package::sleeper(CHANGED, version);
-    let mut sums = String::new();
-    let mut random = fastrand::Rng::with_seed(version.bytes().map(u64::from).sum());
-    for number in 0..FILES {
-        let name = format!("data/{number}");
-        let content: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(FILE_SIZE).collect();
-        sums += &format!("{}  {name}\n", sha256(&content));
-        package = package.with_file(&name, content, 0o644);
-    }
-    package.with_file("SUMS", sums, 0o644)
-}
-
-pub(super) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Whether both roles run, and nothing is under way.

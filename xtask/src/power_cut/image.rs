@@ -49,6 +49,7 @@ const MASKED: &[&str] = &[
     "systemd-ask-password-console.path",
     "systemd-ask-password-wall.path",
     "systemd-initctl.socket",
+    "systemd-journal-flush.service",
     "systemd-journald-audit.socket",
     "systemd-logind.service",
     "systemd-random-seed.service",

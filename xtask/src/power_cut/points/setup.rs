@@ -8,9 +8,10 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use rustix::process::Signal;
 
-use super::super::host::{Parts, sha256, sub_agent};
+use super::super::host::Parts;
 use super::super::image::Image;
 use super::super::kernel::Kernel;
+use super::super::releases::{sha256, sub_agent};
 use super::{FileSystem, Upgrade};
 use crate::command::{read, say};
 use crate::fleet::{Fleet, next_manager, quietly};
