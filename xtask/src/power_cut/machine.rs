@@ -23,7 +23,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::kernel::Kernel;
 use crate::apt;
-use crate::command::text;
+use crate::command::{say, text};
 use crate::wait::try_for;
 
 /// The programs that a machine and its image need.
@@ -40,6 +40,8 @@ pub(crate) const HOST_ADDRESS: &str = "10.0.2.2";
 
 /// The deadline for a boot until the agent answers, on a busy machine.
 const BOOT: Duration = Duration::from_secs(180);
+/// A boot after so many panics of the kernel fails.
+const MAX_PANICS: u32 = 3;
 /// The deadline for an orderly shutdown.
 const SHUTDOWN: Duration = Duration::from_secs(120);
 /// The interval in which a wait for the agent checks the machine.
@@ -94,8 +96,24 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts a machine whose console, socket and log are in `directory`, and waits until its agent answers.
+    /// Starts a machine whose console, socket and log are in `directory`, and waits until its agent answers. After a panic of the kernel it
+    /// boots again: without KVM, QEMU 7.2 seldom executes code while another processor of the guest patches it.
     pub(crate) fn boot(directory: &Path, hardware: &Hardware<'_>) -> Result<Machine> {
+        let mut panics = 0;
+        loop {
+            let booted = Machine::boot_once(directory, hardware);
+            let panicked = booted.is_err() && read_console(directory).contains("Kernel panic");
+            if !panicked || panics == MAX_PANICS {
+                return booted;
+            }
+            panics += 1;
+            say(&format!(
+                "the kernel of a virtual machine panicked; it is booted again ({panics} of at most {MAX_PANICS})"
+            ));
+        }
+    }
+
+    fn boot_once(directory: &Path, hardware: &Hardware<'_>) -> Result<Machine> {
         let started = Instant::now();
         fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
         let socket = directory.join("agent.sock");
@@ -175,8 +193,7 @@ impl Machine {
     /// The end of the messages on the console.
     pub(crate) fn console(&self) -> String {
         const LINES: usize = 40;
-        let text = fs::read(self.directory.join("console.log")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        let text = read_console(&self.directory);
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(LINES)..].join("\n")
     }
@@ -213,6 +230,11 @@ impl Drop for Machine {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
+}
+
+fn read_console(directory: &Path) -> String {
+    let text = fs::read(directory.join("console.log")).unwrap_or_default();
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The answer to command `number`, or `None` if the line is something else, such as the answer to an abandoned command.
