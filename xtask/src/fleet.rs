@@ -8,6 +8,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ use crate::wait::try_for;
 
 /// The deadline for a start, or for a failure to be noticed and fixed, on a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// The deadline for the removal of a directory that is still being written.
+const REMOVAL: Duration = Duration::from_secs(5);
 
 /// Dropping it kills its processes and removes its files, unless [`Fleet::keep`] was called.
 pub(crate) struct Fleet {
@@ -201,10 +205,21 @@ pub(crate) fn clean_up_when_interrupted(directory: &Path) -> Result<()> {
         return Ok(());
     }
     let handler = move || {
+        INTERRUPTED.store(true, Ordering::Relaxed);
         directories().iter().for_each(|directory| clean_up(directory));
         std::process::exit(130);
     };
     ctrlc::set_handler(handler).context("cannot handle Ctrl-C")
+}
+
+/// Whether Ctrl-C is cleaning up.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// After Ctrl-C, waits for the end of this process: what fails because of the clean-up is no result.
+pub(crate) fn wait_if_interrupted() {
+    while INTERRUPTED.load(Ordering::Relaxed) {
+        std::thread::park();
+    }
 }
 
 /// Kills every process that names `directory`, and removes it.
@@ -213,7 +228,13 @@ pub(crate) fn clean_up(directory: &Path) {
         crate::command::say(&format!("cannot kill {left:?}"));
     }
     processes::remove_groups(&directory.join("home"));
-    if let Err(error) = crate::workspace::remove(directory) {
+    // Another thread may be creating a file in it, until it notices that its processes are gone.
+    let mut last = Ok(());
+    try_for(REMOVAL, || {
+        last = crate::workspace::remove(directory);
+        last.is_ok().then_some(())
+    });
+    if let Err(error) = last {
         crate::command::say(&format!("{error:#}"));
     }
 }

@@ -39,7 +39,7 @@ use self::progress::Phase;
 use self::report::Report;
 use crate::command::{is_root, read, say};
 use crate::rootfs::Suite;
-use crate::{apt, dist, rootfs, workspace};
+use crate::{apt, dist, fleet, rootfs, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -75,6 +75,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let started = Instant::now();
     apt::install(NEEDS)?;
+    // Whatever is created meanwhile is removed, also after Ctrl-C.
+    let scratch = tempfile::Builder::new().prefix("aops-power-cut-").tempdir().context("cannot create a directory")?;
+    fleet::clean_up_when_interrupted(scratch.path())?;
+    if let Err(other) = tempfile::env::override_temp_dir(scratch.path()) {
+        bail!("cannot use {} for temporary files: {} is used already", scratch.path().display(), other.display());
+    }
     let (root, kernel) = (rootfs::of(arguments.suite)?, kernel::get(arguments.suite)?);
     let executable = match &arguments.executable {
         Some(executable) => std::path::absolute(executable)?,
@@ -146,11 +152,10 @@ fn disturb_all(parts: &Parts<'_>, plans: Vec<Plan>, machines: u16) -> Result<Rep
     let work = || -> Result<()> {
         let mut host: Option<Host<'_>> = None;
         while let Some(plan) = next() {
-            let mut current = match host.take() {
-                Some(host) => host,
-                None => Host::new(parts)?,
-            };
-            let outcome = current.disturb(&plan);
+            let current = host.take().map_or_else(|| Host::new(parts), Ok);
+            let outcome = current.map(|mut host| (host.disturb(&plan), host));
+            fleet::wait_if_interrupted();
+            let (outcome, mut current) = outcome?;
             let number = {
                 let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
                 let line = report.add(&plan, &outcome);
