@@ -23,7 +23,7 @@ const MEMORY: usize = 384;
 const MEMORY_OF_HOST: usize = 128;
 
 /// From the start of the homes until each runs the ordered release, on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(1800);
+const PATIENCE: Duration = Duration::from_secs(900);
 /// The interval of the queries of all hosts.
 const POLL_INTERVAL: Duration = Duration::from_secs(4);
 
@@ -60,7 +60,9 @@ struct Host<'a> {
     point: &'a Point,
     /// The power cut left the new release.
     is_new: bool,
-    was_retried: bool,
+    /// How often the ordered release was rolled back and retried, and whether it is skipped now.
+    retries: usize,
+    is_skipped: bool,
     outcome: Option<Outcome>,
     problem: String,
     last: Value,
@@ -112,7 +114,7 @@ pub(super) fn check(setup: &Setup<'_>, recording: &Recording, points: &[Point]) 
     Ok(Checked {
         replayed,
         booted_in,
-        retried: hosts.iter().filter(|host| host.was_retried).count(),
+        retried: hosts.iter().map(|host| host.retries).sum(),
         outcomes: hosts.into_iter().filter_map(|host| host.outcome).collect(),
     })
 }
@@ -150,7 +152,8 @@ impl Host<'_> {
             wanted: Upgrade::wanted(Some(upgrade)),
             point,
             is_new: false,
-            was_retried: false,
+            retries: 0,
+            is_skipped: false,
             outcome: None,
             problem: String::new(),
             last: Value::Null,
@@ -176,8 +179,12 @@ impl Host<'_> {
                 Ok(()) => self.outcome = Some(if self.is_new { Outcome::New } else { Outcome::Old }),
                 Err(error) => self.problem = format!("{error:#}\n"),
             }
-        } else if !self.was_retried && is_settled(&status) && self.is_skipped(&status) {
-            self.was_retried = true;
+        }
+        // On a busy machine, a manager may not answer in time; the release is then rolled back.
+        let was_skipped = self.is_skipped;
+        self.is_skipped = is_settled(&status) && self.skips_ordered(&status);
+        if self.is_skipped && !was_skipped {
+            self.retries += 1;
             let name = if self.upgrade == Upgrade::Manager { "aops-spm" } else { CHANGED };
             machine.verb(&format!("control {} retry {name}", self.name))?;
         }
@@ -186,7 +193,7 @@ impl Host<'_> {
     }
 
     /// Whether the ordered release was rolled back, so that only an operator has it tried again.
-    fn is_skipped(&self, status: &Value) -> bool {
+    fn skips_ordered(&self, status: &Value) -> bool {
         match self.upgrade {
             Upgrade::Manager => {
                 let problems = status["problems"].as_array().map(Vec::as_slice).unwrap_or_default();

@@ -22,6 +22,8 @@ use crate::workspace;
 const PATIENCE: Duration = Duration::from_secs(900);
 /// The interval of the queries of the status.
 const POLL_INTERVAL: Duration = Duration::from_millis(1500);
+/// With the shortest trial, the manager of a busy machine would not answer in time.
+const TRIAL: &str = "echo upgradeTrial = \\\"15s\\\" >>/srv/aops/etc/conf.toml";
 /// The only host of the machine.
 const HOST: usize = 1;
 
@@ -76,7 +78,7 @@ fn upgrade_all(hosts: &mut Hosts, log: &Path, windows: &mut Vec<Range<usize>>) -
          --version {} --trusted-key /tools/gateway/keys/aops.pub --ca-cert /tools/gateway/tls/cert.pem",
         MANAGERS[0]
     ))?;
-    hosts.verb(&format!("enter {HOST} sh -c 'echo upgradeTrial = \\\"5s\\\" >>/srv/aops/etc/conf.toml'"))?;
+    hosts.verb(&format!("enter {HOST} sh -c '{TRIAL}'"))?;
     let mut at = reached(hosts, log, Upgrade::wanted(None))?;
     for upgrade in UPGRADES {
         hosts.verb(&format!("order {HOST} {}", order_file(Some(upgrade))))?;
