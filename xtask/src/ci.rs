@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::command::{cargo, describe};
-use crate::{apt, check_windows, dist, fuzz, rootfs, test, wine, workspace};
+use crate::{apt, check_windows, dist, fuzz, power_cut, rootfs, test, wine, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -72,6 +72,15 @@ const CHECKS: &[Check] = &[
         ..foreground("static-executable", Program::Task, &["dist", "--target", "linux/amd64", "--profile", "ci"])
     },
     Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("demo", Program::Task, &["demo"]) },
+    Check {
+        shared: &["--executable", BUILT_BY_SCENARIOS],
+        ..foreground("stranded", Program::Task, &["stranded", "--sample", "24", "--homes", "8"])
+    },
+    Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("durability", Program::Task, &["durability"]) },
+    Check {
+        shared: &["--executable", BUILT_FOR_HOSTS],
+        ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3", "--points", "10"])
+    },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
     background("windows", &["check-windows"]),
     background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
@@ -81,6 +90,8 @@ const CHECKS: &[Check] = &[
 
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
+/// By the check `static-executable`.
+const BUILT_FOR_HOSTS: &str = "dist-ci/aops-linux-amd64";
 /// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
 
@@ -178,9 +189,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// `cargo xtask set-up`: installs what the checks need, before or while they run.
 pub(crate) fn set_up() -> Result<()> {
-    let needs = [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS];
+    let needs = [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS, power_cut::NEEDS];
     apt::install(&needs.concat())?;
     rootfs::get()?;
+    power_cut::fetch_kernel()?;
     wine::get().map(drop)
 }
 

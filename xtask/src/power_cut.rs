@@ -12,7 +12,8 @@
 //! ```
 //!
 //! A killed QEMU is a power cut: what the guest had in its page cache is lost. The moments are spread over the phases of both kinds of
-//! upgrades, not over the time, of which a trial takes most.
+//! upgrades, not over the time, of which a trial takes most. What lies between two writes is up to `points`: drives that are rebuilt from a
+//! log of the writes of an upgrade.
 #![allow(clippy::print_stdout, reason = "the report is its output")]
 
 mod block_log;
@@ -33,7 +34,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use self::host::{Event, Host, Parts, Plan};
-use self::machine::NEEDS;
+pub(crate) use self::machine::NEEDS;
 use self::points::FileSystem;
 use self::progress::Phase;
 use self::report::Report;
@@ -112,6 +113,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         suite,
     );
     outcome(stranded + stranded_points)
+}
+
+/// Fetches what a machine of the default suite boots, if it is not in the cache.
+pub(crate) fn fetch_kernel() -> Result<()> {
+    kernel::get(Suite::Bookworm).map(drop)
 }
 
 fn outcome(stranded: usize) -> Result<()> {
