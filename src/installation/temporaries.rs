@@ -1,14 +1,14 @@
 //! The temporary files that killed processes left in a home.
 //!
 //! A process that replaces a file writes `.new-<pid>-<start time>-<random>` beside it and renames it. A kill or a power cut in between leaves the
-//! temporary file, and nothing reads or replaces it later.
+//! temporary file, and nothing reads or replaces it later. The files of an upgrade that is over are removed, too.
 
 use std::fs::{self, DirEntry};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use crate::home::Home;
-use crate::installation::permissions;
+use crate::installation::{permissions, upgrade};
 use crate::{platform, store};
 
 /// A replacement takes less time. An older temporary file is stale even if its name does not identify its creator.
@@ -29,6 +29,7 @@ pub fn sweep(home: &Home) {
             tracing::warn!(error = format!("{error:#}"), "cannot remove a file that a killed process left");
         }
     }
+    upgrade::sweep(home);
 }
 
 fn is_stale(entry: &DirEntry) -> bool {

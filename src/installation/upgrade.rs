@@ -94,6 +94,20 @@ pub fn on_trial(record: &UpgradeRecord, programs: &mut Programs) -> Option<Image
     is_new.then(|| trial.to.clone())
 }
 
+/// Removes what an upgrade left whose last step was interrupted, unless an upgrade is under way.
+pub fn sweep(home: &Home) {
+    let left = || [home.upgrade_reserve(), home.next_executable()].into_iter().filter(|path| path.exists());
+    if left().next().is_none() {
+        return;
+    }
+    // Whoever has the lock removes them, too, or needs them.
+    if let Ok(Some(session)) = UpgradeSession::open(home, Duration::ZERO)
+        && session.record().trial().is_none()
+    {
+        left().for_each(|path| drop(store::remove(&path)));
+    }
+}
+
 impl UpgradeSession {
     /// Locks and loads the record; `None`: another process still holds the lock after `timeout`.
     pub fn open(home: &Home, timeout: Duration) -> Result<Option<UpgradeSession>> {

@@ -70,6 +70,8 @@ pub(super) struct Slot {
     /// Which releases are ordered.
     manager: usize,
     release: usize,
+    /// Whether the gateway orders a release of the manager.
+    is_manager_ordered: bool,
     /// What was beyond the usual files after the last run.
     left_over: BTreeSet<String>,
     bystander: Option<u32>,
@@ -81,7 +83,8 @@ impl Slot {
         let fleet = Fleet::new(&depot.executable)?;
         quietly(Command::new("cp").arg("-a").args([depot.fleet.depot(), fleet.depot()]))?;
         let watch = Watch::new(&fleet.home(), Naming::default());
-        let mut slot = Slot { fleet, watch, manager: 0, release: 0, left_over: BTreeSet::new(), bystander: None };
+        let (left_over, bystander) = (BTreeSet::new(), None);
+        let mut slot = Slot { fleet, watch, manager: 0, release: 0, is_manager_ordered: false, left_over, bystander };
         slot.order(Change::SubAgent)?;
         slot.fleet.start_gateway()?;
         ensure!(slot.install(&depot.executable, MANAGERS[0])? == 0, "cannot install\n{}", slot.logs());
@@ -160,8 +163,10 @@ impl Slot {
             Change::Manager | Change::Install => self.manager = next(self.manager),
         }
         if change == Change::Install {
+            self.revoke_order()?;
             return self.install_ordered();
         }
+        self.is_manager_ordered |= change == Change::Manager;
         self.order(change).map(|()| 0)
     }
 
@@ -175,6 +180,16 @@ impl Slot {
             "heartbeatInterval = \"1s\"\nremovalDelay = \"0s\"\n{manager}[agents.{BYSTANDER}]\nversion = \"1\"\n[agents.{CHANGED}]\nversion = {:?}\n",
             RELEASES[self.release]
         ))
+    }
+
+    /// From now on the gateway orders no release of the manager: it would replace the installed one.
+    fn revoke_order(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.is_manager_ordered) {
+            return Ok(());
+        }
+        let before = self.fleet.status()?["generation"].clone();
+        self.order(Change::Install)?;
+        self.wait_for("the new order", |status| status["generation"] != before).map(drop)
     }
 
     fn install_ordered(&self) -> Result<i32> {
@@ -297,7 +312,11 @@ impl Slot {
             for entry in entries {
                 let Ok(entry) = entry else { continue };
                 let path = entry.path();
-                found.insert(numbered(&path.strip_prefix(&home).unwrap_or(&path).display().to_string(), &kept));
+                let name = path.strip_prefix(&home).unwrap_or(&path).display().to_string();
+                // A sub-agent that was ever restarted has its previous record, which its next start reuses.
+                if !(name.starts_with("run/agents/") && name.ends_with(".json.old")) {
+                    found.insert(numbered(&name, &kept));
+                }
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     directories.push(path);
                 }
