@@ -7,6 +7,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+#[cfg(feature = "documents")]
+mod documents;
+
 #[cfg(feature = "gateway")]
 use crate::gateway;
 use crate::home::{self, Home};
@@ -50,7 +53,7 @@ struct Cli {
     /// Print the version
     #[arg(short = 'V', long)]
     version: bool,
-    /// With --version: also print the platform and the trusted keys
+    /// With --version: also print the build, the platform and the trusted keys
     #[arg(long, requires = "version")]
     verbose: bool,
     #[command(subcommand)]
@@ -93,6 +96,10 @@ enum Command {
         #[command(flatten)]
         options: spa::WatchdogOptions,
     },
+    /// Write shell completions and manual pages into a directory
+    #[cfg(feature = "documents")]
+    #[command(hide = true)]
+    Documents { directory: PathBuf },
 }
 
 #[derive(Debug, Clone, Args)]
@@ -125,6 +132,14 @@ enum ServiceCommand {
 
 #[derive(Debug, Subcommand)]
 enum ServiceVerb {
+    /// Run by the scripts of a package (rpm, deb) of this home
+    #[command(hide = true)]
+    Packaged {
+        #[command(flatten)]
+        home: HomeOption,
+        #[command(subcommand)]
+        command: service::PackagedCommand,
+    },
     /// Remove the installation: services, processes and files
     Uninstall {
         #[command(flatten)]
@@ -190,6 +205,8 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         Command::Gateway { command } => gateway::main(command),
         Command::Spm { home, options } => spm::main(&home.find(), &options),
         Command::Spa { home, options } => spa::main(&home.find(), &options),
+        #[cfg(feature = "documents")]
+        Command::Documents { directory } => documents::write(Cli::command(), &directory),
     }
 }
 
@@ -207,6 +224,7 @@ fn process_context() -> service::ProcessContext {
 
 fn run_service(verb: ServiceVerb) -> Result<ExitCode> {
     match verb {
+        ServiceVerb::Packaged { home, command } => service::packaged(&home.find(), command),
         ServiceVerb::Uninstall { home, yes } => service::uninstall(&home.find(), yes),
         ServiceVerb::Start { home } => control::main(&home.find(), &control::ControlAction::Start),
         ServiceVerb::Stop { home } => control::main(&home.find(), &control::ControlAction::Stop),
@@ -234,7 +252,8 @@ impl HomeOption {
 fn own_home(executable: &Path) -> Option<PathBuf> {
     let bin = executable.parent().filter(|bin| bin.file_name() == Some(OsStr::new("bin")))?;
     let root = bin.parent()?;
-    Home::new(root).agent_id().is_file().then(|| root.to_owned())
+    let home = Home::new(root);
+    (home.agent_id().is_file() || home.package_record().is_file()).then(|| root.to_owned())
 }
 
 /// Translates the program's name and the old options to subcommands of `aops`. The error is a usage error.
@@ -255,6 +274,8 @@ fn normalize(arguments: &[OsString]) -> Result<Vec<OsString>, String> {
         "aops-spa" => &["spa"],
         "control" => &["control"],
         name if name.starts_with("aops-agent-service") => &["service"],
+        #[cfg(feature = "gateway")]
+        name if name.starts_with("aops-gateway") => &["gateway"],
         _ => &[],
     };
     Ok(with(role, rest))
@@ -276,7 +297,10 @@ fn print_version(verbose: bool) -> Result<ExitCode> {
         result!("installed in {}: release {}", home.root().display(), manager.version);
     }
     if verbose {
-        result!("target: {} {}", platform::OS, platform::ARCH);
+        let commit = Some(env!("AOPS_COMMIT")).filter(|commit| !commit.is_empty());
+        result!("commit: {}", commit.unwrap_or("not recorded (a development build)"));
+        result!("platform: {}/{} ({})", platform::OS, platform::ARCH, env!("AOPS_TARGET"));
+        result!("features: {}", if cfg!(feature = "gateway") { "gateway" } else { "none" });
         let keys = |source: &str, keys: &package::Keys| {
             for key in keys.ids() {
                 result!("trusted key {key} ({source})");
@@ -318,6 +342,8 @@ mod tests {
         assert_eq!(normal("aops-spm.EXE"), "aops spm");
         assert_eq!(normal("aops-agent-service-linux-amd64 install"), "aops service install");
         assert_eq!(normal("aops-agent-service install"), "aops service install");
+        #[cfg(feature = "gateway")]
+        assert_eq!(normal("./aops-gateway-linux-amd64 init"), "aops gateway init");
         assert_eq!(normal("aops control status"), "aops control status");
         assert_eq!(normal("renamed control status"), "aops control status");
         assert_eq!(normal("aops-spm --version"), "aops --version");

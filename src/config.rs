@@ -21,7 +21,7 @@ pub mod import;
 mod keys;
 pub mod new_endpoint;
 
-pub use edit::{edit, render};
+pub use edit::{TEMPLATE, edit, render};
 pub use keys::wrong_line;
 
 /// Limit for a settings file, bytes; the template with all its comments has 2 KiB.

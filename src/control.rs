@@ -190,13 +190,21 @@ fn decide(home: &Home, decision: OperatorDecision) -> Result<ExitCode> {
 }
 
 fn not_installed(home: &Home, command: &ControlAction) -> ExitCode {
+    let advice = installation::enrolment::advice(home);
     if let ControlAction::Status { json: true, history: false } = command {
-        let status = Status::silent(home.public_path().display().to_string(), None, HomeState::NotInstalled);
+        let mut status = Status::silent(home.public_path().display().to_string(), None, HomeState::NotInstalled);
+        status.problems.extend(advice.clone());
         if let Err(error) = show::print(&status, true) {
             message!("error: {error:#}");
         }
     }
-    message!("nothing is installed in {}; give another --home, or install with `aops install`", home.root().display());
+    match advice {
+        Some(advice) => message!("{advice}"),
+        None => message!(
+            "nothing is installed in {}; give another --home, or install with `aops install`",
+            home.root().display()
+        ),
+    }
     ExitCode::from(NOT_INSTALLED)
 }
 

@@ -11,6 +11,7 @@
 //!        agents/<name>/current       names the active version
 //!        staging/  state/  cache/  run/  log/
 //!        .install/                   temporary files of a running installation
+//!        package.json                only where a package of the host (rpm, deb) owns the executable
 //! ```
 //!
 //! Each file has one method here, and its name is not repeated anywhere else.
@@ -260,6 +261,11 @@ impl Home {
     /// The copy of the last valid settings.
     pub fn last_good_config(&self) -> PathBuf {
         self.state_file("conf.good.toml")
+    }
+
+    /// Written by a package of the host: the executable, its links and the units belong to it.
+    pub fn package_record(&self) -> PathBuf {
+        self.root.join("package.json")
     }
 
     pub fn cache(&self) -> PathBuf {

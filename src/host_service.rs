@@ -69,6 +69,22 @@ pub fn refresh(kind: ServiceManagerKind, home: &Home) -> Result<bool> {
     of!(kind, refresh(home))
 }
 
+/// Enables the units that a package of the host brings, also in the root file system of an image. Does nothing without units.
+pub fn enable_package_units(home: &Home) -> Result<()> {
+    systemd::enable_package_units(home)
+}
+
+/// The units of a package of the host, by their names: those of the default home.
+#[cfg(feature = "documents")]
+pub fn package_units() -> Result<Vec<(String, String)>> {
+    systemd::package_units()
+}
+
+/// Has the service manager read the units that a package has replaced.
+pub fn reload_package_units() -> Result<()> {
+    if systemd::runs() { systemd::reload() } else { Ok(()) }
+}
+
 /// Reverts [`register`], also if parts of it are already gone. An operator's additions stay for the next registration.
 pub fn unregister(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, unregister(home))

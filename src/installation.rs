@@ -9,15 +9,19 @@
 //! release       an unpacked package of the manager            checks that it can be installed
 //! upgrade       state/upgrade.json, bin/aops.prev             the upgrade of the manager that is under way
 //! temporaries   .new-*                                        what killed processes left
+//! packaged      package.json                                  the files that belong to a package of the host
+//! enrolment     /etc/aops/enrol.toml                          completes such an installation unattended
 //! permissions                                                 checks that only the owner can change the home
 //! ```
 //!
 //! Each module writes its own files only. A caller that may roll back saves the previous files.
 
+pub mod enrolment;
 mod epochs;
 pub mod executable;
 mod identity;
 pub mod keyring;
+pub mod packaged;
 pub mod permissions;
 mod records;
 pub mod release;

@@ -23,6 +23,7 @@ mod install_root;
 mod leftovers;
 mod legacy;
 mod legacy_arguments;
+mod packaged;
 mod preflight;
 mod progress;
 mod roles;
@@ -33,6 +34,7 @@ mod upgrade;
 
 pub use install::install;
 pub use legacy_arguments::from_old_arguments;
+pub use packaged::{PackagedCommand, packaged};
 pub use uninstall::uninstall;
 
 /// Exit code for wrong usage.

@@ -17,7 +17,7 @@ mod stop_hook;
 mod upgrade;
 mod watchdog_link;
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
@@ -28,16 +28,19 @@ use crate::core::desired::DesiredState;
 use crate::core::ledger::Ledger;
 use crate::core::model::MANAGER_PACKAGE;
 use crate::core::role::Role;
-use crate::core::service_manager::ServiceManagerKind;
+use crate::core::service_manager::{Notification, ServiceManagerKind};
 use crate::core::status::History;
 use crate::home::Home;
 use crate::output::message;
 use crate::role::sentinel::Sentinel;
 use crate::role::{self, STOPPED_ON_PURPOSE};
-use crate::{installation, logging, store};
+use crate::{command, installation, logging, platform, store};
 
 /// How long a manager waits for its predecessor to release the role.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Timeout of an unattended enrolment, which needs no network.
+const ENROLMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long an idle blocking thread is kept, with its stack.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
@@ -69,6 +72,9 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         Some(SpmCommand::StopHook) => return stop_hook::run(home, options.service),
         Some(SpmCommand::Preflight) => return preflight(home),
         None => {}
+    }
+    if let Some(exit) = enrol(home)? {
+        return Ok(exit);
     }
     role::require_installation(home)?;
     // Before the log is opened: its directory may be among those restored. An error shows there or is lost.
@@ -113,6 +119,23 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         control_socket::Goodbye::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
         control_socket::Goodbye::Yield => ExitCode::SUCCESS,
     })
+}
+
+/// Enrols a host on which a package was installed; an exit code if it cannot be enrolled.
+fn enrol(home: &Home) -> Result<Option<ExitCode>> {
+    if !installation::packaged::is_unenrolled(home) {
+        return Ok(None);
+    }
+    let mut command = Command::new(home.executable());
+    command.args(["service", "packaged", "--home"]).arg(home.public_path()).arg("enrol").current_dir("/");
+    if let Err(error) = command::run(&mut command, ENROLMENT_TIMEOUT).and_then(command::Finished::success) {
+        message!("error: {error:#}");
+    }
+    let Some(advice) = installation::enrolment::advice(home) else { return Ok(None) };
+    message!("{advice}");
+    // The unit has started and ended: systemd does not restart it, and it has not failed.
+    platform::notify(Notification::Ready);
+    Ok(Some(ExitCode::from(STOPPED_ON_PURPOSE)))
 }
 
 /// Reads everything that a manager reads at start. Files that a start tolerates as unreadable are errors here.

@@ -7,7 +7,7 @@ use super::keys::{KEYS, certificate_key};
 use super::{CertificateCheck, Config, ProxyChoice};
 
 /// The settings file of a new installation: every key explained, every default commented out.
-const TEMPLATE: &str = include_str!("../../assets/conf.toml");
+pub const TEMPLATE: &str = include_str!("../../assets/conf.toml");
 
 /// The text of a new settings file.
 pub fn render(config: &Config) -> String {

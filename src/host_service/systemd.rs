@@ -77,6 +77,32 @@ pub fn register(home: &Home) -> Result<()> {
     write(home, true)
 }
 
+/// Enables the units of a package by their links, so that it works without a running systemd.
+pub fn enable_package_units(home: &Home) -> Result<()> {
+    for unit in units::of_roles(home, Role::BOTH) {
+        let Some(file) = units::package_file(&unit) else { continue };
+        let link = units::enabling_link(&unit);
+        let attempt = || -> Result<()> {
+            fs::create_dir_all(link.parent().context("it has a parent")?)?;
+            Ok(crate::platform::replace_link(&file, &link)?)
+        };
+        attempt().with_context(|| format!("cannot enable {unit}: cannot create {}", link.display()))?;
+    }
+    if runs() { reload() } else { Ok(()) }
+}
+
+/// The units of a package of the host.
+#[cfg(feature = "documents")]
+pub fn package_units() -> Result<Vec<(String, String)>> {
+    let files = units::files(&Home::new(crate::home::default_root()))?;
+    Ok(files.into_iter().map(|file| (file.unit.clone(), file.of_package())).collect())
+}
+
+/// Has systemd read the unit files again.
+pub fn reload() -> Result<()> {
+    systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)
+}
+
 /// Renames units of this home that have another name, enabled or not as before. Does nothing if there are none. Not for a role: a role that
 /// runs in such a unit would be stopped with it.
 pub fn rename_strays(home: &Home) -> Result<()> {
@@ -103,7 +129,7 @@ fn write(home: &Home, enable: bool) -> Result<()> {
             }
             Ok(())
         };
-        attempt().with_context(|| format!("cannot write the unit {}", units::path(&file.unit).display()))?;
+        attempt().with_context(|| format!("cannot write the unit {}", units::own_path(&file.unit).display()))?;
     }
     systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)?;
     if enable {
@@ -119,7 +145,7 @@ fn retire(strays: &[String]) -> Result<()> {
     }
     for stray in strays {
         if let Some(contents) = units::without_hooks(stray)? {
-            store::replace(&units::path(stray), contents.as_bytes(), Access::Public)?;
+            store::replace(&units::own_path(stray), contents.as_bytes(), Access::Public)?;
         }
     }
     systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)?;
@@ -136,7 +162,7 @@ fn remove(units: &[String]) -> Result<()> {
         // Not with `systemctl disable`, which fails if the file is gone, and then leaves its link.
         let link = units::enabling_link(unit);
         store::remove(&link)?;
-        store::remove(&units::path(unit))?;
+        store::remove(&units::own_path(unit))?;
         let _ = link.parent().map(fs::remove_dir);
     }
     systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)?;
@@ -215,7 +241,7 @@ pub fn is_known(home: &Home) -> bool {
 
 /// Whether a unit file of this home exists, whatever its name.
 pub fn is_registered(home: &Home) -> bool {
-    units::of_roles(home, Role::BOTH).iter().any(|unit| units::exists(unit)) || !units::strays(home).is_empty()
+    units::of_roles(home, Role::BOTH).iter().any(|unit| units::is_registered(unit)) || !units::strays(home).is_empty()
 }
 
 /// Starts the units of the roles and waits until they are up.

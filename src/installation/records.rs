@@ -77,9 +77,11 @@ impl InstallRecord {
 /// Whether this home holds an installation of aops, even a broken one.
 pub fn exists(home: &Home) -> bool {
     let has = |path: PathBuf| path.symlink_metadata().is_ok();
+    // The files of a package alone are no installation.
+    let is_packaged = has(home.package_record());
     has(home.install_record())
         || has(home.manager_record())
-        || (has(home.executable()) && has(home.role_link(Role::Spm.program())))
+        || (!is_packaged && has(home.executable()) && has(home.role_link(Role::Spm.program())))
 }
 
 #[cfg(test)]

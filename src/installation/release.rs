@@ -8,13 +8,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::keyring::KeyOffer;
+use super::packaged::PackageRecord;
 use super::records::ManagerRecord;
 use super::upgrade::Programs;
 use crate::config;
 use crate::core::model::Digest;
 use crate::core::upgrade::{Image, NewEndpoint};
 use crate::home::Home;
-use crate::package::VerifiedTree;
+use crate::package::{Keys, VerifiedTree};
 use crate::store::UnknownJson;
 use crate::{command, platform};
 
@@ -24,10 +25,13 @@ const SELF_CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout for the new executable to read the settings and the state of a home.
 const PREFLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A release of the manager that can be installed. Only [`check`] creates one.
+/// A release of the manager that can be installed. Only [`check`] and [`of_package`] create one.
 #[derive(Debug)]
 pub struct CheckedRelease {
-    tree: VerifiedTree,
+    /// The new executable, in the unpacked package.
+    executable: PathBuf,
+    /// Dropping it removes the unpacked package.
+    _tree: Option<VerifiedTree>,
     /// Its record, to be saved when it is installed.
     pub manager: ManagerRecord,
     /// The keys that the package brings and revokes.
@@ -39,7 +43,7 @@ pub struct CheckedRelease {
 impl CheckedRelease {
     /// The new executable, in the unpacked package.
     pub fn executable(&self) -> PathBuf {
-        executable_in(self.tree.path())
+        self.executable.clone()
     }
 
     /// The release in the form of an upgrade's record.
@@ -100,7 +104,17 @@ pub fn check(tree: VerifiedTree, file: String) -> Result<CheckedRelease> {
     };
     let offer = KeyOffer::read(tree.path(), &manager.version)?;
     let endpoint = config::new_endpoint::read(tree.path())?;
-    Ok(CheckedRelease { tree, manager, offer, endpoint })
+    Ok(CheckedRelease { executable, _tree: Some(tree), manager, offer, endpoint })
+}
+
+/// The release that a package of the host has installed, which the package manager has verified. `copy`: a path for a copy of its
+/// executable, which can be moved like that of an unpacked package.
+pub fn of_package(home: &Home, record: PackageRecord, copy: &Path) -> Result<CheckedRelease> {
+    let from = home.executable();
+    std::fs::copy(&from, copy).with_context(|| format!("cannot copy {} to {}", from.display(), copy.display()))?;
+    let manager = record.release;
+    let offer = KeyOffer::new(&manager.version, Keys::default(), Keys::default())?;
+    Ok(CheckedRelease { executable: copy.to_owned(), _tree: None, manager, offer, endpoint: None })
 }
 
 fn executable_in(tree: &Path) -> PathBuf {

@@ -100,7 +100,7 @@ pub fn sweep(home: &Home) {
     if left().next().is_none() {
         return;
     }
-    // Whoever has the lock removes them, too, or needs them.
+    // A process with the lock removes them, too, or needs them.
     if let Ok(Some(session)) = UpgradeSession::open(home, Duration::ZERO)
         && session.record().trial().is_none()
     {

@@ -105,6 +105,7 @@ fn check_path(root: &Path) -> Result<()> {
 fn check_contents(home: &Home, executable: &Path) -> Result<()> {
     // A killed installation had passed this check: the files are its own.
     if installation::exists(home)
+        || installation::packaged::is_unenrolled(home)
         || legacy::is_old(home)
         || home.install_work().symlink_metadata().is_ok_and(|found| found.is_dir())
     {

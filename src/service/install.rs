@@ -16,7 +16,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Error, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 
 use super::fetch::{self, FetchedManager};
 use super::install_root::InstallRoot;
@@ -28,7 +28,7 @@ use crate::home::Home;
 use crate::installation::InstallRecord;
 use crate::installation::keyring::{self, Keyring};
 use crate::output::message;
-use crate::store;
+use crate::{host_service, store};
 
 /// The steps of an installation, in their order. Errors name them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,6 +93,23 @@ pub fn install(options: &InstallOptions, context: &ProcessContext) -> Result<Exi
         Err(InstallFailure { error, .. }) if error.is::<UsageError>() => wrong_usage(error),
         Err(failed) => Err(described(failed, &home)),
     }
+}
+
+/// Completes an installation whose files a package has put in place: settings, identity, keys and records. Registers and starts nothing.
+pub(super) fn complete(options: &InstallOptions, context: &ProcessContext) -> Result<()> {
+    let (home, product) = home_selection::home(options, context)?;
+    let mut install_root = InstallRoot::open(&home)?;
+    recover(&home, &context.executable)?;
+    install_root.record_created()?;
+    let plan = preflight::plan(options, context, &home, &product)?;
+    let fetched = fetch::fetch(&plan, &install_root)?;
+    let mut undo = Undo::begin(install_root.work().join("undo"))?;
+    if let Err(error) = switch::switch(&plan, &fetched, &mut install_root, &mut undo) {
+        undo.roll_back().context("cannot undo an incomplete enrolment")?;
+        return Err(error);
+    }
+    install_root.commit();
+    Ok(())
 }
 
 /// Prints a usage error with an example; returns any other error.
@@ -234,6 +251,10 @@ fn roll_back(
     }
     if step >= InstallStep::Register && plan.kind.is_some() && !was_registered(plan) {
         done(roles::register(home, ServiceManagerKind::None));
+        if plan.packaged.is_some() {
+            // As the package left them.
+            done(host_service::enable_package_units(home));
+        }
     }
     // Before the key files are restored.
     done(ring.map_or(Ok(()), |ring| keyring::keep_after_failure(home, ring)));

@@ -15,6 +15,7 @@ use crate::home::{CA_FILE, Home};
 use crate::host_service;
 use crate::host_service::product::{Product, ServiceRegistration};
 use crate::installation::keyring::Keyring;
+use crate::installation::packaged::{self, PackageRecord};
 use crate::installation::{self, Epochs, InstallRecord, permissions};
 use crate::package::{Keys, trailer};
 use crate::{lifecycle, platform, store};
@@ -70,6 +71,8 @@ pub(super) struct InstallPlan {
     pub(super) epochs: Epochs,
     pub(super) version: Option<Version>,
     pub(super) package: Option<PathBuf>,
+    /// The package of the host that owns the executable.
+    pub(super) packaged: Option<PackageRecord>,
 }
 
 impl InstallPlan {
@@ -104,7 +107,7 @@ pub(super) fn plan(
     let existing = existing_installation(home)?;
     let keeps = !options.fresh && matches!(existing, ExistingInstallation::Aops(_));
 
-    let (existing_text, existing_config) = if keeps { existing_config(home)? } else { (None, None) };
+    let (existing_text, existing_config) = if keeps { existing_config_of(home)? } else { (None, None) };
     let checked = if keeps {
         let certificates = existing_config.as_ref().and_then(|config: &Config| config.certificates(home));
         permissions::files(home, certificates.as_deref())
@@ -150,7 +153,11 @@ pub(super) fn plan(
         progress::say(format_args!("the agent id changes from {existing_id} to {agent_id}"));
     }
 
-    let config = merge(existing_config.as_ref(), imported.config.as_ref(), options);
+    // Settings that were put there before the enrolment are kept.
+    let (packaged_text, packaged_config) =
+        if packaged::is_unenrolled(home) { packaged_config_of(home)? } else { (None, None) };
+    let others = imported.config.as_ref().or(packaged_config.as_ref());
+    let config = merge(existing_config.as_ref(), others, options);
     let config = with_proxy(config, &Proxies::from_environment(|name| std::env::var(name).ok()));
     if config.heartbeat_srv.is_empty() {
         return Err(UsageError(
@@ -165,7 +172,7 @@ pub(super) fn plan(
             "cannot use the endpoint {plain}: http:// is neither encrypted nor authenticated; use https://, or give --insecure"
         );
     }
-    let config_text = match (existing_text, &existing_config) {
+    let config_text = match (existing_text.or(packaged_text), existing_config.as_ref().or(packaged_config.as_ref())) {
         (Some(text), Some(old)) => config::edit(&text, old, &config),
         _ => config::render(&config),
     };
@@ -195,7 +202,16 @@ pub(super) fn plan(
         epochs,
         version: options.version.clone(),
         package: options.package.clone(),
+        packaged: PackageRecord::load(home)?,
     };
+    if let Some(record) = plan.packaged.as_ref().filter(|_| plan.replaces_all()) {
+        bail!(
+            "cannot use --fresh: {} belongs to the package aops; run `aops control uninstall`, which keeps the package's files, and \
+             repeat the command without --fresh, or remove the package with `{}`",
+            home.root().display(),
+            record.package_manager.removal()
+        );
+    }
     check_feasible(&plan)?;
     Ok(plan)
 }
@@ -230,7 +246,7 @@ fn existing_installation(home: &Home) -> Result<ExistingInstallation> {
     Ok(if legacy::is_old(home) { ExistingInstallation::Old } else { ExistingInstallation::Nothing })
 }
 
-fn existing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
+fn existing_config_of(home: &Home) -> Result<(Option<String>, Option<Config>)> {
     let config = Config::read_strictly(home)
         .context("cannot keep the existing settings; correct them, or give --fresh to discard them")?;
     if config.is_some() {
@@ -240,6 +256,20 @@ fn existing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
     let Some((text, config)) = Config::last_good(home) else { return Ok((None, None)) };
     progress::warn(format_args!("{} is missing; using its last good copy", home.config().display()));
     Ok((Some(text), Some(config)))
+}
+
+/// The settings of a home that is not enrolled: they have no endpoint yet, but may have others.
+fn packaged_config_of(home: &Home) -> Result<(Option<String>, Option<Config>)> {
+    let Some(text) = config::text(home)? else { return Ok((None, None)) };
+    let parsed = Config::parse(&text).or_else(|error| {
+        let mut completed =
+            Config::parse(&format!("heartbeatSrv = \"https://unknown.invalid\"\n{text}")).map_err(|_| error)?;
+        completed.config.heartbeat_srv.clear();
+        Ok::<_, anyhow::Error>(completed)
+    });
+    let parsed =
+        parsed.with_context(|| format!("cannot keep the settings in {}; correct them", home.config().display()))?;
+    Ok((Some(text), Some(parsed.config)))
 }
 
 /// The new settings: the imported or else the existing ones, changed by the options. An existing home keeps the way in which it verifies

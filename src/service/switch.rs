@@ -105,7 +105,8 @@ fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
         _ => Vec::new(),
     };
     let link = PathBuf::from(COMMAND_LINK);
-    if !platform::is_root() || !plan.home.is_default() {
+    // A package has its own link.
+    if !platform::is_root() || !plan.home.is_default() || plan.packaged.is_some() {
         return linked;
     }
     let executable = plan.home.to_public(&plan.home.executable());

@@ -12,10 +12,14 @@ use anyhow::{Context, Result, bail};
 
 use super::install_root::{self, InstallRoot};
 use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
+use crate::config;
 use crate::home::Home;
+use crate::installation::executable::ExecutableName;
+use crate::installation::packaged::{PackageManager, PackageRecord};
 use crate::installation::{self, InstallRecord};
 use crate::output::{self, message};
-use crate::{host_service, platform, store};
+use crate::store::{self, Access};
+use crate::{host_service, platform};
 
 /// Removes the installation in `home`. Asks first, unless `yes`.
 pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
@@ -41,6 +45,12 @@ pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
         format!("cannot remove the installation in {shown}; fix the problem and repeat the command")
     })?;
     progress::say(format_args!("removed the installation in {shown}"));
+    if let Ok(Some(packaged)) = PackageRecord::load(home) {
+        progress::say(format_args!(
+            "the files of the package aops stay; remove it with `{}`",
+            packaged.package_manager.removal()
+        ));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -97,20 +107,26 @@ fn remove(home: &Home) -> Result<()> {
     platform::leave_directory(home.root())
         .with_context(|| format!("cannot move the running executable out of {}", home.root().display()))?;
     install_root.commit();
-    remove_files(home)?;
+    let packaged = PackageRecord::load(home)?;
+    remove_files(home, packaged.as_ref())?;
     // Without a record it is unknown whether the installation created the home: it is removed if it is empty.
     let directories = if known && existed { created } else { vec![home.root().to_owned()] };
     for directory in directories.iter().rev() {
         // A directory with other files in it is kept.
         let _ = fs::remove_dir(directory);
     }
-    verify(home, left)?;
-    let others = entries(home)?;
-    if !others.is_empty() {
+    verify(home, left, packaged.is_some())?;
+    let others = entries(home.root())?;
+    if packaged.is_none() && !others.is_empty() {
         let names: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
         progress::warn(format_args!("files that the installation did not create are kept: {}", names.join(", ")));
     }
     Ok(())
+}
+
+/// Before a package of the host removes its files: stops everything and removes the rest.
+pub(super) fn remove_before_package(home: &Home) -> Result<()> {
+    remove(home).with_context(|| format!("cannot remove the installation in {}", home.root().display()))
 }
 
 /// Removes a link to this home; a link that was changed to a different target is kept.
@@ -122,9 +138,22 @@ fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
 }
 
 /// Removes the files of the installation; last the executable and the records, which a repeated uninstallation needs.
-fn remove_files(home: &Home) -> Result<()> {
-    let mut paths = entries(home)?;
+/// The files of a package of the host stay.
+fn remove_files(home: &Home, packaged: Option<&PackageRecord>) -> Result<()> {
+    let mut paths = entries(home.root())?;
     paths.retain(|path| home.owns(path));
+    if let Some(packaged) = packaged {
+        let [bin, etc] = [home.bin(), home.etc()];
+        paths.extend(entries(&bin)?.into_iter().chain(entries(&etc)?));
+        let names = ExecutableName::ALL.iter().map(|name| name.path(home));
+        let mut kept: Vec<_> = names.chain([bin, home.executable()]).collect();
+        if packaged.package_manager == PackageManager::Rpm && home.config().is_file() {
+            // As the package brought it: a changed file would be left behind by the removal of the package.
+            store::replace(&home.config(), config::TEMPLATE.as_bytes(), Access::Public)?;
+            kept.extend([etc, home.config()]);
+        }
+        paths.retain(|path| !kept.contains(path));
+    }
     let program = [home.bin(), home.control_link()];
     paths.sort_by_key(|path| (*path == home.state(), program.contains(path), path.clone()));
     for path in paths {
@@ -134,18 +163,20 @@ fn remove_files(home: &Home) -> Result<()> {
     Ok(())
 }
 
-/// The paths in the home's directory.
-fn entries(home: &Home) -> Result<Vec<PathBuf>> {
-    let attempt = || fs::read_dir(home.root())?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
+/// The paths in a directory.
+fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let attempt = || fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
     match attempt() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        found => found.with_context(|| format!("cannot list {}", home.root().display())),
+        found => found.with_context(|| format!("cannot list {}", directory.display())),
     }
 }
 
 /// Checks that no file, unit or process of the installation remains. `left`: what is known to remain.
-fn verify(home: &Home, mut left: Vec<String>) -> Result<()> {
-    left.extend(entries(home)?.iter().filter(|path| home.owns(path)).map(|path| path.display().to_string()));
+fn verify(home: &Home, mut left: Vec<String>, is_packaged: bool) -> Result<()> {
+    if !is_packaged {
+        left.extend(entries(home.root())?.iter().filter(|path| home.owns(path)).map(|path| path.display().to_string()));
+    }
     if let Some(kind) = host_service::find_registration(home) {
         left.push(format!("a unit of {kind}"));
     }

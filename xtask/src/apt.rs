@@ -92,6 +92,7 @@ impl Private {
             format!("Dir::Etc::sourceparts \"{}\";", text(&directory.join("parts"))),
             "Dir::State::status \"/dev/null\";".to_owned(),
             "Acquire::Languages \"none\";".to_owned(),
+            "APT::Architectures { \"amd64\"; \"i386\"; };".to_owned(),
             "APT::Sandbox::User \"root\";".to_owned(),
         ];
         let config = directory.join("apt.conf");

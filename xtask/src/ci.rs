@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::command::{cargo, describe};
-use crate::{apt, check_windows, dist, fuzz, power_cut, rootfs, test, wine, workspace};
+use crate::{apt, check_windows, dist, fuzz, packages, power_cut, rootfs, test, wine, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -67,10 +67,12 @@ const CHECKS: &[Check] = &[
     ),
     foreground("unit-tests", Program::Cargo, &["test", "--locked", "--workspace", "--bins"]),
     foreground("scenarios", Program::Task, &["test", "--test", "suite"]),
+    Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("executables", Program::Task, BUILT) },
     Check {
         shared: &["--executable", BUILT_BY_SCENARIOS],
-        ..foreground("static-executable", Program::Task, &["dist", "--target", "linux/amd64", "--profile", "ci"])
+        ..foreground("packages", Program::Task, &["rpm", "--target", "linux/amd64", "--profile", "ci"])
     },
+    foreground("installed-packages", Program::Task, &["test-packages", "--profile", "ci"]),
     Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("demo", Program::Task, &["demo"]) },
     Check {
         shared: &["--executable", BUILT_BY_SCENARIOS],
@@ -88,9 +90,11 @@ const CHECKS: &[Check] = &[
     background("fuzz-targets", &["fuzz", "--seconds", "5"]),
 ];
 
+/// The others take as long each, and are built by `full`.
+const BUILT: &[&str] = &["dist", "--target", "linux/amd64", "--target", "linux/amd64+gateway", "--profile", "ci"];
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
-/// By the check `static-executable`.
+/// By the check `executables`.
 const BUILT_FOR_HOSTS: &str = "dist-ci/aops-linux-amd64";
 /// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
@@ -189,7 +193,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// `cargo xtask set-up`: installs what the checks need, before or while they run.
 pub(crate) fn set_up() -> Result<()> {
-    let needs = [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS, power_cut::NEEDS];
+    let needs =
+        [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS, power_cut::NEEDS, packages::NEEDS];
     apt::install(&needs.concat())?;
     rootfs::get()?;
     power_cut::fetch_kernel()?;

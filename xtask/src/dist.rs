@@ -1,132 +1,231 @@
-//! `cargo xtask dist --target linux/amd64`: builds what is installed on hosts, the static executable without the gateway and its package.
+//! `cargo xtask dist`: builds everything that is handed out, for each platform, into `target/dist`.
 //!
-//! Everything is checked first: the ELF file (no interpreter, no shared library, a fixed address, no symbols), a run of the executable, and
-//! the package, which a gateway publishes like any other.
+//! ```text
+//! aops-<os>-<arch>[.exe]                              the executable for hosts, without the gateway
+//! aops-spm-<version>_<os>_<arch>.tar.zst .tar.gz .zip   its package, which a gateway publishes as it is; each with .minisig
+//! aops-agent-service-<os>-<arch>[.exe]                the installer: the executable with the public key
+//! aops-gateway-linux-amd64                            the executable for servers
+//! *.cdx.json                                          the libraries in each executable (CycloneDX)
+//! completions/ man/ units/                            for shells, manual pages, and the units of a package
+//! aops.pub SHA256SUMS SHA256SUMS.minisig
+//! ```
+//!
+//! Each executable is checked first: a static ELF file at a fixed address, without symbols, that runs without anything of a host; or a
+//! Windows program that imports nothing that Windows 7 lacks.
 
 mod elf;
+mod pack;
+mod pe;
+mod sbom;
+mod sign;
+mod target;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 
-use crate::command::{self, cargo, read, run_quietly, say, text};
+use self::sign::Signing;
+pub(crate) use self::target::Target;
+use crate::command::{self, cargo, read, run_quietly, say};
 use crate::toolchain::Toolchain;
 use crate::{apt, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The platform to build for
+    /// The platforms to build for; may be repeated [default: all]
     #[arg(long, value_enum)]
-    target: Target,
-    /// The profile to build with; what is installed on hosts is built with `release`
+    target: Vec<Target>,
+    /// The profile to build with; what is handed out is built with `release`
     #[arg(long, value_name = "NAME", default_value = RELEASE)]
     profile: String,
-    /// The gateway executable to publish the package with
+    /// The minisign key to sign with; its password is read from MINISIGN_PASSWORD
+    /// [default: a throw-away key below target/xtask]
+    #[arg(long, value_name = "FILE", verbatim_doc_comment)]
+    key: Option<PathBuf>,
+    /// The gateway executable to publish the packages with
     /// [default: it is built]
     #[arg(long, value_name = "FILE", verbatim_doc_comment)]
     executable: Option<PathBuf>,
 }
 
-/// The profile of what is installed on hosts.
+/// The profile of what is handed out.
 pub(crate) const RELEASE: &str = "release";
+/// The version of this workspace.
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The platforms that can be built and tested here.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub(crate) enum Target {
-    #[value(name = "linux/amd64")]
-    LinuxAmd64,
+/// C compilers for musl and for Windows, and the libraries.
+pub(crate) const NEEDS: &[apt::Need] = &[
+    ("cc", "gcc"),
+    ("musl-gcc", "musl-tools"),
+    ("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64-posix"),
+    ("i686-w64-mingw32-gcc", "gcc-mingw-w64-i686-posix"),
+];
+
+/// The directory of what a profile gives.
+pub(crate) fn directory(profile: &str) -> PathBuf {
+    let name = if profile == RELEASE { "dist".to_owned() } else { format!("dist-{profile}") };
+    workspace::target().join(name)
 }
-
-impl Target {
-    fn triple(self) -> &'static str {
-        match self {
-            Target::LinuxAmd64 => "x86_64-unknown-linux-musl",
-        }
-    }
-
-    /// The operating system and the architecture, as package names spell them.
-    fn words(self) -> (&'static str, &'static str) {
-        match self {
-            Target::LinuxAmd64 => ("linux", "amd64"),
-        }
-    }
-}
-
-/// A C compiler for musl, and the library itself.
-pub(crate) const NEEDS: &[apt::Need] = &[("cc", "gcc"), ("musl-gcc", "musl-tools")];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let (os, arch) = arguments.target.words();
-    let built = build(arguments.target, &arguments.profile)?;
-    let version = version(&built)?;
-    let directory = workspace::target().join(match arguments.profile.as_str() {
-        RELEASE => "dist".to_owned(),
-        other => format!("dist-{other}"),
-    });
+    let targets = if arguments.target.is_empty() { Target::ALL.to_vec() } else { arguments.target.clone() };
+    let directory = directory(&arguments.profile);
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    let executable = directory.join(format!("aops-{os}-{arch}"));
-    put(&built, &executable)?;
-    let archive = directory.join(format!("aops-spm-{version}_{os}_{arch}.tar.zst"));
     let gateway = arguments.executable.clone().map_or_else(gateway, Ok)?;
-    package(&gateway, &executable, &version, arguments.target, &archive)?;
-    for file in [&executable, &archive] {
-        say(&format!("{}: {} bytes", file.display(), fs::metadata(file)?.len()));
+    let signing = Signing::begin(arguments.key.as_deref(), &gateway)?;
+    signing.write_public_key(&directory.join("aops.pub"))?;
+    for target in targets {
+        let began = Instant::now();
+        let built = build(target, &arguments.profile)?;
+        let executable = directory.join(target.executable());
+        put(&built, &executable)?;
+        let bill = directory.join(format!("{}.cdx.json", target.executable().trim_end_matches(".exe")));
+        fs::write(&bill, sbom::document(target)?).with_context(|| format!("cannot write {}", bill.display()))?;
+        if target.is_agent() {
+            packages(target, &executable, &directory, &gateway, &signing)?;
+        }
+        say(&format!("{}: built and packed in {} s", target.executable(), began.elapsed().as_secs()));
+    }
+    documents(&directory)?;
+    signing.sign_sums(&directory)?;
+    for (name, size) in files(&directory)? {
+        say(&format!("{size:>9} {name}"));
+    }
+    if arguments.key.is_none() {
+        say("signed with a throw-away key; for what is handed out, give --key FILE");
     }
     Ok(())
 }
 
-/// Builds the executable and checks that it runs on old hosts.
+/// Builds an executable and checks that it runs on old hosts.
 pub(crate) fn build(target: Target, profile: &str) -> Result<PathBuf> {
     apt::install(NEEDS)?;
     let triple = target.triple();
     let mut build = Toolchain::for_target(triple)?.cargo("build", triple);
-    command::run(build.args(["--profile", profile, "-p", "aops", "--no-default-features"]))?;
-    let built = workspace::cache_path("build").join(triple).join(profile).join("aops");
-    let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
-    elf::check(&bytes).with_context(|| format!("{} does not run on old hosts", built.display()))?;
-    fails_in_order(&built)?;
+    build.args(["--profile", profile, "-p", "aops"]);
+    if target.is_agent() {
+        build.arg("--no-default-features");
+    }
+    command::run(&mut build)?;
+    let name = format!("aops{}", target.suffix());
+    let built = workspace::cache_path("build").join(triple).join(profile).join(name);
+    let (_, arch) = target.words();
+    let checked = if target.is_windows() {
+        pe::check(&built, arch)
+    } else {
+        let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+        elf::check(&bytes, arch).and_then(|()| runs(&built))
+    };
+    checked.with_context(|| format!("{} does not run on old hosts", built.display()))?;
     Ok(built)
 }
 
-/// With a backtrace, an error uses the unwinder, which was assembled by hand.
-fn fails_in_order(executable: &Path) -> Result<()> {
+/// Runs it as on a minimal host: no environment, no other program. With a backtrace, an error uses the unwinder, which was assembled by
+/// hand.
+fn runs(executable: &Path) -> Result<()> {
+    let said = read(Command::new(executable).arg("--version").env_clear().current_dir("/"))?;
+    ensure!(said == format!("aops {VERSION}"), "--version prints {said:?}");
     let mut command = Command::new(executable);
     command.args(["spm", "--home", "/nonexistent"]).env_clear().env("RUST_BACKTRACE", "full");
     let output = command.output().with_context(|| format!("cannot run {}", executable.display()))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.code() == Some(1) && said.contains("nothing is installed in /nonexistent"),
-        "{} does not report an error as expected: {}: {said}",
-        executable.display(),
+        "it does not report an error as expected: {}: {said}",
         output.status
     );
     Ok(())
 }
 
-/// The version that the executable reports, run as on a minimal host: no environment, no other program.
-fn version(executable: &Path) -> Result<String> {
-    let said = read(Command::new(executable).arg("--version").env_clear().current_dir("/"))?;
-    let version = said.strip_prefix("aops ").with_context(|| format!("--version prints {said:?}"))?;
-    Ok(version.to_owned())
-}
-
-/// Creates the package by publishing it into a temporary depot: the product packs it and verifies that it accepts it.
-fn package(gateway: &Path, executable: &Path, version: &str, target: Target, archive: &Path) -> Result<()> {
+/// Packs the executable in each format, and has a gateway accept and sign each.
+fn packages(target: Target, executable: &Path, directory: &Path, gateway: &Path, signing: &Signing) -> Result<()> {
     let (os, arch) = target.words();
     let scratch = tempfile::tempdir().context("cannot create a temporary directory")?;
-    let (depot, content) = (scratch.path().join("gateway"), scratch.path().join("content"));
-    fs::create_dir_all(content.join("bin"))?;
-    put(executable, &content.join("bin/aops"))?;
-    run_quietly(Command::new(gateway).args(["gateway", "init", "--name", "localhost", "--dir"]).arg(&depot))?;
-    let mut publish = Command::new(gateway);
-    publish.args(["gateway", "publish", "--dir"]).arg(&depot);
-    publish.args(["--name", "aops-spm", "--version", version, "--os", os, "--arch", arch]).arg(&content);
-    run_quietly(&mut publish)?;
-    let name = archive.file_name().context("it has a name")?;
-    put(&depot.join("depot").join(name), archive)
+    let content = scratch.path().join("content");
+    lay_out(target, executable, &content)?;
+    for packing in target.packings() {
+        let name = format!("aops-spm-{VERSION}_{os}_{arch}.{packing}");
+        let archive = scratch.path().join(&name);
+        pack::pack(&content, &archive)?;
+        // A depot holds one archive of a release.
+        let published = signing.depot(&scratch.path().join(format!("depot-{packing}")))?;
+        let mut publish = Command::new(gateway);
+        publish.args(["gateway", "publish", "--dir"]).arg(&published).arg(&archive);
+        run_quietly(&mut publish)?;
+        for file in [name.clone(), format!("{name}.minisig")] {
+            put(&published.join("depot").join(&file), &directory.join(&file))?;
+        }
+        put(&published.join("depot").join(target.bootstrap()), &directory.join(target.bootstrap()))?;
+    }
+    Ok(())
+}
+
+/// The content of a package, as it lies in a home.
+fn lay_out(target: Target, executable: &Path, content: &Path) -> Result<()> {
+    for part in ["bin", "etc"] {
+        fs::create_dir_all(content.join(part)).context("cannot create the content of a package")?;
+    }
+    put(executable, &content.join(format!("bin/aops{}", target.suffix())))?;
+    put(&workspace::root().join("assets/conf.toml"), &content.join("etc/conf.toml"))?;
+    // On Windows, `install` makes copies under these names.
+    if !target.is_windows() {
+        let links = [("control", "bin/aops"), ("bin/aops-spm", "aops"), ("bin/aops-spa", "aops")];
+        for (link, to) in links.into_iter().chain([("bin/aops-agent-service", "aops")]) {
+            std::os::unix::fs::symlink(to, content.join(link)).context("cannot create a link")?;
+        }
+    }
+    Ok(())
+}
+
+/// Signs the checksums of all files again, after some were added.
+pub(crate) fn sign_sums(directory: &Path, key: Option<&Path>, gateway: &Path) -> Result<()> {
+    Signing::begin(key, gateway)?.sign_sums(directory)
+}
+
+/// Completions for shells, manual pages of every command and the units of a package, written by the program itself.
+fn documents(directory: &Path) -> Result<()> {
+    for part in ["completions", "man", "units"] {
+        workspace::remove(&directory.join(part))?;
+    }
+    let mut command = cargo();
+    command.current_dir(workspace::root()).args(["run", "--locked", "-p", "aops", "--bin", "aops"]);
+    command.args(["--features", "documents", "--", "documents"]).arg(directory);
+    command::run(&mut command)
+}
+
+/// The files that are handed out, below `directory`, with their sizes.
+fn files(directory: &Path) -> Result<BTreeMap<String, u64>> {
+    let mut found = BTreeMap::new();
+    let mut left = vec![directory.to_owned()];
+    while let Some(next) = left.pop() {
+        for entry in fs::read_dir(&next).with_context(|| format!("cannot list {}", next.display()))? {
+            let path = entry?.path();
+            if path.is_dir() {
+                left.push(path);
+            } else {
+                let name = path.strip_prefix(directory)?.to_string_lossy().into_owned();
+                found.insert(name, path.metadata()?.len());
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// As `sha256sum` prints them.
+fn sums(directory: &Path) -> Result<String> {
+    let mut sums = String::new();
+    for name in files(directory)?.keys().filter(|name| !name.starts_with("SHA256SUMS")) {
+        let bytes = fs::read(directory.join(name)).with_context(|| format!("cannot read {name}"))?;
+        let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        sums += &format!("{digest}  {name}\n");
+    }
+    Ok(sums)
 }
 
 /// A gateway executable for this task: the one of `cargo build`, which the tests use too.
@@ -144,8 +243,9 @@ pub(crate) fn gateway() -> Result<PathBuf> {
 
 /// Copies a file under a temporary name and renames it: no reader finds a part of it.
 fn put(from: &Path, to: &Path) -> Result<()> {
-    let what = || format!("cannot copy {} to {}", text(from), text(to));
-    let unfinished = to.with_extension("unfinished");
+    let what = || format!("cannot copy {} to {}", from.display(), to.display());
+    let mut unfinished = to.as_os_str().to_owned();
+    unfinished.push(".unfinished");
     fs::copy(from, &unfinished).with_context(what)?;
     fs::rename(&unfinished, to).with_context(what)
 }

@@ -9,6 +9,7 @@
 //! stranded      24 kills at steps drawn by a seed    each step of an upgrade, alone and together
 //! durability    whole, with a debug build            whole, with a release build
 //! power-cut     3 cuts, 10 points between writes     100 cuts, 20 jumps of the clock, 300 points; other kernels and file systems
+//! dist, rpm     two executables, one architecture    every platform, installed and upgraded on both architectures
 //! endurance     -                                   1,000 upgrades of the manager, and 200 under load
 //! ```
 //!
@@ -62,6 +63,10 @@ const PARTS: &[Part] = &[
         "power-cut-trixie",
         &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--points", "0", "--suite", "trixie"],
     ),
+    task("dist", &["dist"]),
+    task("rpm", &["rpm"]),
+    task("test-packages", &["test-packages"]),
+    task("test-packages-386", &["test-packages", "--target", "linux/386"]),
     task("endurance", &["endurance", "--upgrades", "1000", "--homes", "16"]),
     task("endurance-under-load", &["endurance", "--upgrades", "200", "--homes", "4", "--agents", "30", "--load"]),
 ];

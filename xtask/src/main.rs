@@ -14,10 +14,12 @@ mod endurance;
 mod fleet;
 mod full;
 mod fuzz;
+mod packages;
 mod power_cut;
 mod rootfs;
 mod stranded;
 mod test;
+mod test_packages;
 mod test_windows;
 mod tidy;
 mod toolchain;
@@ -31,7 +33,7 @@ mod workspace;
 mod support {
     mod command;
     pub(crate) mod container;
-    mod files;
+    pub(crate) mod files;
     pub(crate) mod package;
     pub(crate) mod processes;
     pub(crate) mod wait;
@@ -41,7 +43,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use self::support::{container, package, processes, wait};
+use self::support::{container, files, package, processes, wait};
 
 /// The project's tasks.
 #[derive(Parser)]
@@ -61,10 +63,14 @@ enum Task {
     CheckWindows,
     /// Build the unit tests for 64-bit Windows and run them under Wine; installs what they need
     TestWindows(test_windows::Arguments),
+    /// Install and upgrade what `dist` and `rpm` have built, in containers: archive, installer, RPM, Debian package
+    TestPackages(test_packages::Arguments),
     /// Check the licences and the sources of the dependencies
     Deny,
-    /// Build what is installed on hosts, into target/dist: the static executable and its package
+    /// Build what is handed out, for every platform, into target/dist: executables, packages of the manager, installers
     Dist(dist::Arguments),
+    /// Package what `dist` has built for the hosts' package managers: RPM and Debian packages
+    Rpm(packages::Arguments),
     /// Fuzz every parser of external input with libFuzzer; installs what it needs
     Fuzz(fuzz::Arguments),
     /// Measure size, memory, latency and throughput of a release build
@@ -92,6 +98,8 @@ fn main() -> ExitCode {
         Task::TestWindows(arguments) => test_windows::run(&arguments),
         Task::Deny => deny::run(),
         Task::Dist(arguments) => dist::run(&arguments),
+        Task::Rpm(arguments) => packages::run(&arguments),
+        Task::TestPackages(arguments) => test_packages::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Full(arguments) => full::run(&arguments),

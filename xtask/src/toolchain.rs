@@ -4,6 +4,8 @@
 //! The source comes from Debian. Its `rust-src` is used only in exactly the compiler's version, since library and compiler belong together.
 //! Suites move on, so several are searched.
 
+mod musl32;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,28 +27,35 @@ pub(crate) struct Toolchain {
     /// More options for the compiler.
     flags: Vec<String>,
     /// The target's linker and compiler, where the machine's default is not used.
-    linker: Option<&'static str>,
-    c_compiler: Option<&'static str>,
+    linker: Option<String>,
+    c_compiler: Option<String>,
 }
 
-/// Compiles and links C for musl.
+/// Compiles and links C for musl on x86-64.
 const MUSL_GCC: &str = "musl-gcc";
 
 impl Toolchain {
     /// For a musl target executables are static, at a fixed address: a position-independent one relocates itself at each start, and every
-    /// process then has its own copy of pages that would be shared. Needs `musl-gcc`.
+    /// process then has its own copy of pages that would be shared. Needs `musl-gcc`; for Windows, gcc of MinGW.
     pub(crate) fn for_target(target: &str) -> Result<Toolchain> {
         let mut toolchain = Toolchain::with_library(target)?;
         if target.ends_with("-linux-musl") {
+            let compiler = if target.starts_with("i686-") { musl32::compiler()? } else { MUSL_GCC.to_owned() };
             toolchain.flags = paths_left_out();
-            toolchain.c_compiler = Some(MUSL_GCC);
+            toolchain.c_compiler = Some(compiler.clone());
             toolchain.flags.extend(["-Ctarget-feature=+crt-static", "-Crelocation-model=static"].map(str::to_owned));
             if toolchain.build_std {
                 // The machine's musl replaces the parts of musl that rustup's target includes.
-                toolchain.linker = Some(MUSL_GCC);
                 toolchain.flags.push("-Clink-self-contained=no".to_owned());
-                toolchain.flags.push(format!("-Lnative={}", text(&unwinder()?)));
+                toolchain.flags.push(format!("-Lnative={}", text(&unwinder(target, &compiler)?)));
+                toolchain.linker = Some(compiler);
             }
+        } else if let Some((arch, _)) = target.split_once("-win7-windows-gnu") {
+            // The standard library for Windows 7 has a vendor of its own, by which no compiler is found.
+            toolchain.flags = paths_left_out();
+            // Otherwise errors of the crate `windows` use COM functions that Windows 7 lacks.
+            toolchain.flags.push("--cfg=windows_slim_errors".to_owned());
+            toolchain.c_compiler = Some(format!("{arch}-w64-mingw32-gcc"));
         }
         Ok(toolchain)
     }
@@ -111,10 +120,10 @@ impl Toolchain {
             // This variable allows spaces. A target is given, so it does not apply to build scripts.
             command.env("CARGO_ENCODED_RUSTFLAGS", self.flags.join("\x1f"));
         }
-        if let Some(linker) = self.linker {
+        if let Some(linker) = &self.linker {
             command.env(format!("{prefix}_LINKER"), linker);
         }
-        if let Some(compiler) = self.c_compiler {
+        if let Some(compiler) = &self.c_compiler {
             command.env(format!("CC_{underscored}"), compiler);
         }
         command
@@ -131,15 +140,15 @@ fn paths_left_out() -> Vec<String> {
 
 /// A directory with the unwinder of the machine's gcc, under the name that the standard library links for musl, and with the function that
 /// it needs and musl lacks.
-fn unwinder() -> Result<PathBuf> {
-    workspace::cached("unwinder", |unfinished| {
+fn unwinder(target: &str, compiler: &str) -> Result<PathBuf> {
+    workspace::cached(&format!("unwinder-{target}"), |unfinished| {
         let library = unfinished.join("libunwind.a");
         let object = unfinished.join("find_object.o");
         fs::create_dir_all(unfinished)?;
-        let found = read(Command::new(MUSL_GCC).arg("-print-file-name=libgcc_eh.a"))?;
+        let found = read(Command::new(compiler).arg("-print-file-name=libgcc_eh.a"))?;
         fs::copy(&found, &library).with_context(|| format!("cannot copy gcc's unwinder {found}"))?;
         let source = workspace::root().join("xtask/src/toolchain/find_object.c");
-        run_quietly(Command::new(MUSL_GCC).args(["-O2", "-Wall", "-Wextra", "-c", "-o"]).arg(&object).arg(source))?;
+        run_quietly(Command::new(compiler).args(["-O2", "-Wall", "-Wextra", "-c", "-o"]).arg(&object).arg(source))?;
         run_quietly(Command::new("ar").arg("rs").arg(&library).arg(&object))
     })
 }

@@ -390,6 +390,12 @@ impl UpgradeRecord {
         (self.previous, self.interruptions, self.overruled) = (None, None, None);
     }
 
+    /// The host's package manager installed this release instead of the present one, also during a trial.
+    pub fn overwritten(&mut self, version: &Version) {
+        self.trial = None;
+        self.replaced(version);
+    }
+
     /// An operator changes the manager, against this order.
     pub fn overrule(&mut self, order: Option<(&Version, Option<&Digest>)>) {
         let (version, sha256) = order.map_or((None, None), |(version, sha256)| (Some(version), sha256));

@@ -35,9 +35,24 @@ pub(super) struct UnitFile {
     pub(super) contents: String,
 }
 
-/// The path of a unit file.
-pub(super) fn path(unit: &str) -> PathBuf {
+/// Where packages of the host put their units. Those that `install` writes take precedence.
+const PACKAGE_DIRECTORIES: &[&str] = &["/usr/lib/systemd/system", "/lib/systemd/system"];
+
+/// The path of a unit file that `install` writes.
+pub(super) fn own_path(unit: &str) -> PathBuf {
     systemd_global_dir_path().join(format!("{unit}.service"))
+}
+
+/// The unit file of a package of the host.
+pub(super) fn package_file(unit: &str) -> Option<PathBuf> {
+    let files = PACKAGE_DIRECTORIES.iter().map(|directory| Path::new(directory).join(format!("{unit}.service")));
+    files.into_iter().find(|file| file.is_file())
+}
+
+/// The unit file that systemd uses.
+fn path(unit: &str) -> PathBuf {
+    let own = own_path(unit);
+    if own.symlink_metadata().is_ok() { own } else { package_file(unit).unwrap_or(own) }
 }
 
 /// The link that makes systemd start the unit at boot.
@@ -83,6 +98,11 @@ pub(super) fn in_use(home: &Home, role: Role) -> String {
 /// Whether a unit file exists, or a link in its place.
 pub(super) fn exists(unit: &str) -> bool {
     path(unit).symlink_metadata().is_ok()
+}
+
+/// Whether a unit file of `install` exists, or one of a package is enabled.
+pub(super) fn is_registered(unit: &str) -> bool {
+    own_path(unit).symlink_metadata().is_ok() || (exists(unit) && enabling_link(unit).symlink_metadata().is_ok())
 }
 
 /// Units of this home with another name, in the order in which they must be stopped: the watchdog first.
@@ -172,23 +192,55 @@ pub(super) fn files(home: &Home) -> Result<[UnitFile; 3]> {
 impl UnitFile {
     /// Whether the file has this content already.
     pub(super) fn is_current(&self) -> Result<bool> {
-        Ok(store::read(&path(&self.unit), MAX_UNIT_BYTES)?.as_deref() == Some(self.contents.as_bytes()))
+        self.is_current_at(&path(&self.unit))
+    }
+
+    /// The content of a package's unit.
+    #[cfg(feature = "documents")]
+    pub(super) fn of_package(&self) -> String {
+        const PACKAGE_HEADER: &str = "# Of the package aops; put changes into a drop-in (systemctl edit).";
+        let rest = self.contents.split_once('\n').map_or("", |(_, rest)| rest);
+        format!("{PACKAGE_HEADER}\n{rest}")
+    }
+
+    /// Comments do not matter: those of a package's unit differ.
+    fn is_current_at(&self, path: &Path) -> Result<bool> {
+        let Some(current) = store::read(path, MAX_UNIT_BYTES)? else { return Ok(false) };
+        Ok(without_comments(&String::from_utf8_lossy(&current)) == without_comments(&self.contents))
     }
 
     /// Replaces a unit that an earlier release wrote; whether there was one. A unit that is missing, masked or written by an operator is
     /// not changed.
     pub(super) fn refresh(&self) -> Result<bool> {
-        let path = path(&self.unit);
-        if !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
+        let own = own_path(&self.unit);
+        let package = package_file(&self.unit);
+        let is_package_current = package.as_ref().map(|package| self.is_current_at(package)).transpose()?;
+        if own.symlink_metadata().is_err() && is_package_current == Some(false) {
+            // The release differs from that of the package. Its unit belongs to the package: this one takes precedence.
+            store::replace(&own, self.contents.as_bytes(), Access::Public)?;
+            return Ok(true);
+        }
+        if !own.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
             return Ok(false);
         }
-        let current = store::read(&path, MAX_UNIT_BYTES)?.unwrap_or_default();
-        if current == self.contents.as_bytes() || !current.starts_with(HEADER.as_bytes()) {
+        let current = store::read(&own, MAX_UNIT_BYTES)?.unwrap_or_default();
+        if !current.starts_with(HEADER.as_bytes()) {
             return Ok(false);
         }
-        store::replace(&path, self.contents.as_bytes(), Access::Public)?;
+        if is_package_current == Some(true) {
+            store::remove(&own)?;
+            return Ok(true);
+        }
+        if current == self.contents.as_bytes() {
+            return Ok(false);
+        }
+        store::replace(&own, self.contents.as_bytes(), Access::Public)?;
         Ok(true)
     }
+}
+
+fn without_comments(text: &str) -> Vec<&str> {
+    text.lines().filter(|line| !line.starts_with('#')).collect()
 }
 
 /// The content of a unit. Fails for a path that a unit file cannot contain.

@@ -7,6 +7,7 @@
 //! Until it executes its program, a child has our signal handlers, which wake our event loop through shared pipes. So all signals are
 //! blocked while a child is created. It starts without our handlers and with all signals blocked, and unblocks them itself.
 
+#[cfg(target_arch = "x86_64")]
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -20,6 +21,24 @@ const CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 /// The highest signal number of the kernel.
 const LAST_SIGNAL: libc::c_int = 64;
 
+/// `struct clone_args` of the kernel (clone(2)), which `libc` does not have for every architecture.
+#[derive(Default)]
+#[repr(C)]
+struct CloneArguments {
+    flags: u64,
+    /// An address, like those below.
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
 /// Runs `child` in a new process that starts in a cgroup. Returns its pid and pidfd. `share_memory`: in our memory, while we wait.
 ///
 /// # Safety
@@ -32,12 +51,13 @@ pub(super) unsafe fn clone_into(
     child: &dyn Fn(),
 ) -> io::Result<(Pid, OwnedFd)> {
     let mut pidfd: libc::c_int = -1;
-    // SAFETY: all zero is a valid value of this struct of integers.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = libc::CLONE_PIDFD as u64 | INTO_CGROUP | CLEAR_SIGHAND;
-    arguments.pidfd = &raw mut pidfd as u64;
-    arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = cgroup.as_raw_fd() as u64;
+    let mut arguments = CloneArguments {
+        flags: libc::CLONE_PIDFD as u64 | INTO_CGROUP | CLEAR_SIGHAND,
+        pidfd: &raw mut pidfd as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArguments::default()
+    };
     // SAFETY: the caller guarantees it.
     let make = || unsafe {
         if share_memory { clone_sharing_memory(&mut arguments, child) } else { clone_copying(&mut arguments, child) }
@@ -111,7 +131,7 @@ unsafe fn clear_handlers() {
 ///
 /// As for [`clone_into`].
 #[cfg(target_arch = "x86_64")]
-unsafe fn clone_sharing_memory(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
+unsafe fn clone_sharing_memory(arguments: &mut CloneArguments, child: &dyn Fn()) -> i64 {
     use std::mem::MaybeUninit;
 
     /// In units of 16 bytes, the alignment of a stack. The child needs a few KiB.
@@ -145,7 +165,7 @@ unsafe fn clone_sharing_memory(arguments: &mut libc::clone_args, child: &dyn Fn(
             "2:",
             inlateout("rax") libc::SYS_clone3 => result,
             in("rdi") &raw mut *arguments,
-            in("rsi") size_of::<libc::clone_args>(),
+            in("rsi") size_of::<CloneArguments>(),
             in("r12") (&raw const child).cast::<c_void>(),
             in("r13") enter as extern "C" fn(*const c_void) -> !,
             lateout("rcx") _,
@@ -164,9 +184,9 @@ use clone_copying as clone_sharing_memory;
 /// # Safety
 ///
 /// As for [`clone_into`].
-unsafe fn clone_copying(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
+unsafe fn clone_copying(arguments: &mut CloneArguments, child: &dyn Fn()) -> i64 {
     // SAFETY: without shared memory and a stack it is a fork: the child continues with a copy of everything.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut *arguments, size_of::<libc::clone_args>()) };
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut *arguments, size_of::<CloneArguments>()) };
     match result as i64 {
         0 => {
             child();
@@ -210,11 +230,10 @@ mod tests {
         let _handled = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined2()).unwrap();
         // SAFETY: the child makes system calls and exits.
         assert_eq!(status_of(unsafe { fork(&report_signals) }.unwrap()), Some(0));
-        type Make = unsafe fn(&mut libc::clone_args, &dyn Fn()) -> i64;
+        type Make = unsafe fn(&mut CloneArguments, &dyn Fn()) -> i64;
         for make in [clone_sharing_memory as Make, clone_copying as Make] {
-            // SAFETY: all zero is a valid value of this struct of integers.
-            let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-            (arguments.flags, arguments.exit_signal) = (CLEAR_SIGHAND, libc::SIGCHLD as u64);
+            let (flags, exit_signal) = (CLEAR_SIGHAND, libc::SIGCHLD as u64);
+            let mut arguments = CloneArguments { flags, exit_signal, ..CloneArguments::default() };
             // SAFETY: the child makes system calls and exits.
             let pid = with_signals_blocked(|| unsafe { make(&mut arguments, &report_signals) });
             assert_eq!(status_of(Pid::from_raw(pid as i32).unwrap()), Some(0));

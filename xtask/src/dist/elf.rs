@@ -2,30 +2,43 @@
 
 use anyhow::{Context, Result, ensure};
 
-/// `e_ident`: the magic number, 64 bits, little-endian, version 1.
-const IDENT: &[u8] = b"\x7fELF\x02\x01\x01";
 /// `e_type` of an executable at a fixed address; a position-independent one has 3.
 const ET_EXEC: u64 = 2;
-/// `e_machine`.
-const EM_X86_64: u64 = 62;
+/// Where the fields are, for each width.
+struct Layout {
+    /// `e_ident`: the magic number, the width, little-endian, version 1.
+    ident: &'static [u8],
+    machine: u64,
+    /// The size of an address.
+    word: usize,
+    /// The offsets of `e_phoff`, `e_shoff`, `e_phentsize`, `e_phnum`, `e_shentsize`, `e_shnum`.
+    header: [usize; 6],
+}
+
+const AMD64: Layout = Layout { ident: b"\x7fELF\x02\x01\x01", machine: 62, word: 8, header: [32, 40, 54, 56, 58, 60] };
+const I386: Layout = Layout { ident: b"\x7fELF\x01\x01\x01", machine: 3, word: 4, header: [28, 32, 42, 44, 46, 48] };
 /// `p_type` of the dynamic linker's information, and of its path.
 const PT_DYNAMIC: u64 = 2;
 const PT_INTERP: u64 = 3;
 /// `sh_type` of a symbol table that only debuggers use.
 const SHT_SYMTAB: u64 = 2;
 
-/// Rejects everything except a static, stripped x86-64 executable at a fixed address.
-pub(super) fn check(file: &[u8]) -> Result<()> {
-    ensure!(file.starts_with(IDENT), "not a 64-bit ELF file");
-    let header = |at, size| number(file, at, size);
-    ensure!(header(18, 2)? == EM_X86_64, "not an x86-64 executable");
-    ensure!(header(16, 2)? == ET_EXEC, "position-independent, which costs every process memory for relocations");
-    for segment in table(file, header(32, 8)?, header(54, 2)?, header(56, 2)?) {
+/// Rejects everything except a static, stripped executable at a fixed address for this architecture, `amd64` or `386`.
+pub(super) fn check(file: &[u8], arch: &str) -> Result<()> {
+    let layout = if arch == "amd64" { AMD64 } else { I386 };
+    ensure!(file.starts_with(layout.ident), "not an ELF file of the width of {arch}");
+    ensure!(number(file, 18, 2)? == layout.machine, "not an executable for {arch}");
+    ensure!(number(file, 16, 2)? == ET_EXEC, "position-independent, which costs every process memory for relocations");
+    let [segments, sections, segment_size, segment_count, section_size, section_count] = layout.header;
+    let header = |at| number(file, at, 2);
+    let at = number(file, segments, layout.word)?;
+    for segment in table(file, at, header(segment_size)?, header(segment_count)?) {
         let kind = number(segment?, 0, 4)?;
         ensure!(kind != PT_INTERP, "needs a dynamic linker");
         ensure!(kind != PT_DYNAMIC, "linked dynamically");
     }
-    for section in table(file, header(40, 8)?, header(58, 2)?, header(60, 2)?) {
+    let at = number(file, sections, layout.word)?;
+    for section in table(file, at, header(section_size)?, header(section_count)?) {
         ensure!(number(section?, 4, 4)? != SHT_SYMTAB, "not stripped: it has symbols");
     }
     Ok(())
@@ -53,9 +66,9 @@ mod tests {
     /// An executable with one segment and one section of these types.
     fn executable(kind: u8, segment: u8, section: u8) -> Vec<u8> {
         let mut file = vec![0; 64 + 56 + 64];
-        file[..IDENT.len()].copy_from_slice(IDENT);
+        file[..AMD64.ident.len()].copy_from_slice(AMD64.ident);
         for (at, value) in
-            [(16, kind), (18, EM_X86_64 as u8), (32, 64), (40, 120), (54, 56), (56, 1), (58, 64), (60, 1)]
+            [(16, kind), (18, AMD64.machine as u8), (32, 64), (40, 120), (54, 56), (56, 1), (58, 64), (60, 1)]
         {
             file[at] = value;
         }
@@ -67,7 +80,7 @@ mod tests {
     #[test]
     fn only_static_stripped_executables_are_accepted() {
         let load = 1;
-        let is_accepted = |file: &[u8]| check(file).is_ok();
+        let is_accepted = |file: &[u8]| check(file, "amd64").is_ok();
         assert!(is_accepted(&executable(2, load, 1)));
         assert!(!is_accepted(&executable(3, load, 1)), "position-independent");
         assert!(!is_accepted(&executable(2, PT_INTERP as u8, 1)), "has an interpreter");
@@ -75,11 +88,12 @@ mod tests {
         assert!(!is_accepted(&executable(2, load, SHT_SYMTAB as u8)), "has symbols");
         assert!(!is_accepted(&executable(2, load, 1)[..150]), "truncated");
         assert!(!is_accepted(b"#!/bin/sh\n"));
+        assert!(check(&executable(2, load, 1), "386").is_err(), "of another width");
     }
 
     #[test]
     fn the_test_program_itself_is_rejected() {
         let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
-        assert!(check(&own).is_err());
+        assert!(check(&own, "amd64").is_err() && check(&own, "386").is_err());
     }
 }

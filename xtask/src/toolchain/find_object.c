@@ -2,7 +2,7 @@
 // does not. This implementation uses functions that both have. Without it a static executable does not link, and one that returns
 // "not found" aborts at its first backtrace.
 //
-// The structure is that of <dlfcn.h> of glibc on x86-64.
+// The structure is that of <dlfcn.h> of glibc.
 #define _GNU_SOURCE
 #include <link.h>
 #include <pthread.h>
@@ -19,6 +19,10 @@ struct found {
     void *start, *end;
     void *link_map;
     void *eh_frame;
+#ifdef __i386__
+    void *eh_dbase;
+    unsigned int pad;
+#endif
     unsigned long long reserved[7];
 };
 
