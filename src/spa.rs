@@ -64,6 +64,11 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         WatchdogOptions { sentinel: true, .. } => return role::sentinel::main(home),
         _ => {}
     }
+    if crate::installation::packaged::is_unenrolled(home) {
+        // Nothing to watch: the unit has started and ended.
+        platform::notify(Notification::Ready);
+        return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
+    }
     role::require_installation(home)?;
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spa"));
@@ -345,6 +350,11 @@ impl Watchdog<'_> {
     /// Supervises the manager until the connection ends.
     fn watch(&mut self, mut connection: LocalConnection) -> Result<ConnectionEnd> {
         let mut pings = Pings::new(Instant::now());
+        if self.trial.is_in_progress() {
+            self.trial.connected(Instant::now());
+            // An error shows as the end of the connection.
+            let _ = control_socket::send(&mut connection, &Request::Status);
+        }
         loop {
             let due = pings.due().min(self.trial.due());
             match self.events.recv_timeout(due.saturating_duration_since(Instant::now())) {

@@ -60,11 +60,14 @@ impl Sentinel {
 
 /// Waits for the exit of the role that started it. Then starts the watchdog if none runs, unless the sentinel or the home was stopped.
 pub fn main(home: &Home) -> Result<ExitCode> {
+    // A manager that exits holds its role a moment longer than the pipe.
+    let exiting = manager_process(home);
     let is_stopped = matches!(std::io::stdin().read(&mut [0]), Ok(1..));
     let deadline = Instant::now() + TIMEOUT;
     let mut without = 0;
     while !is_stopped && !role::is_stop_recorded(home) && Instant::now() < deadline {
-        let [manager, watchdog] = [Role::Spm, Role::Spa].map(|role| role::is_held(home, role));
+        let manager = role::is_held(home, Role::Spm) && is_another(manager_process(home), exiting);
+        let watchdog = role::is_held(home, Role::Spa);
         if manager && watchdog {
             break;
         }
@@ -78,4 +81,29 @@ pub fn main(home: &Home) -> Result<ExitCode> {
         platform::pause(POLL_INTERVAL);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The pid and the start time of a process.
+type ProcessIdentity = (u32, u64);
+
+/// Whether the running manager is not the exiting one.
+fn is_another(manager: Option<ProcessIdentity>, exiting: Option<ProcessIdentity>) -> bool {
+    exiting.is_none() || manager != exiting
+}
+
+fn manager_process(home: &Home) -> Option<ProcessIdentity> {
+    role::current_holder(home, Role::Spm).map(|holder| (holder.pid, holder.start_time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_another;
+
+    #[test]
+    fn a_manager_that_exits_does_not_count_as_running() {
+        assert!(!is_another(Some((1, 1)), Some((1, 1))));
+        assert!(is_another(Some((1, 2)), Some((1, 1))));
+        // It holds its lock without a record, or the exiting one had gone before the sentinel started.
+        assert!(is_another(None, Some((1, 1))) && is_another(Some((2, 2)), None));
+    }
 }

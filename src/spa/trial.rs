@@ -38,6 +38,8 @@ const IDLE_CHECK_INTERVAL: Duration = PING;
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 /// Limit on steps without a pause; an upgrade has fewer.
 const MAX_STEPS: usize = 32;
+/// The time for a manager that has connected to report its status, even if the time for its first answer ends meanwhile.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Waiting time is recorded in pieces of this length.
 const WAIT_PIECE: Duration = Duration::from_secs(5);
 /// Interval for reloading the settings.
@@ -174,6 +176,13 @@ impl TrialMonitor {
         std::mem::take(&mut self.has_restored)
     }
 
+    /// A manager accepted the connection, and its status is requested.
+    pub(super) fn connected(&mut self, now: Instant) {
+        if self.is_in_progress {
+            self.next_check = self.next_check.max(now + REPORT_TIMEOUT);
+        }
+    }
+
     /// The connection to the manager ended. `died`: without a goodbye, or because it hung.
     pub(super) fn disconnected(&mut self, died: bool) {
         let now = Instant::now();
@@ -212,7 +221,10 @@ impl TrialMonitor {
         if manager.image == WhichRelease::To && status.version.as_ref() != Some(&trial.to.version) {
             return tracing::warn!(version = ?status.version, "the new manager reports another version than that of its release");
         }
-        manager.answered.get_or_insert(now);
+        if manager.answered.is_none() {
+            manager.answered = Some(now);
+            self.next_check = now;
+        }
         manager.heartbeat |= status.gateway.connected;
         let in_charge = |record: &record::ProcessRecord| {
             status.agents.iter().any(|agent| agent.name == record.head.name && agent.pid == Some(record.pid))

@@ -70,6 +70,14 @@ impl Fleet {
         command
     }
 
+    /// Has the running gateway put a fleet file into effect; returns when it is.
+    pub(crate) fn apply(&self, text: &str) -> Result<()> {
+        let file = self.path("new.toml");
+        fs::write(&file, text).context("cannot write a fleet file")?;
+        let mut apply = Command::new(&self.gateway);
+        quietly(apply.args(["gateway", "fleet", "apply", "--dir"]).arg(self.depot()).arg(&file))
+    }
+
     /// Starts the gateway on a port that the system chooses, and returns its pid. It outlives this process.
     pub(crate) fn start_gateway(&mut self) -> Result<u32> {
         let said = self.path("gateway.out");

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::core::status::HomeState;
 use crate::core::upgrade::UpgradeRecord;
 use crate::platform::testing::{self, OtherProcess};
 use crate::store;
@@ -59,6 +60,29 @@ fn a_manager_that_announced_its_exit_before_the_upgrade_was_noticed_has_time_for
     let now = Instant::now();
     assert!(!kills(&mut monitor, &manager, now));
     assert!(kills(&mut monitor, &manager, now + EXIT_TIMEOUT));
+}
+
+#[test]
+fn a_manager_that_connects_late_can_still_report_its_status() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path());
+    let manager = OtherProcess::start(MANAGER, "");
+    let mut monitor = monitor(&home, &manager);
+    let program = Programs::default().of_process(manager.pid()).unwrap();
+    let other: Digest = "e".repeat(64).parse().unwrap();
+    let image = |version: &str, digit: &str, executable: &Digest| json!({ "version": version, "sha256": digit.repeat(64), "executable": executable });
+    let trial = json!({ "from": image("1", "1", &other), "to": image("2", "2", &program), "phase": "trial" });
+    monitor.trial = Some(serde_json::from_value(trial).unwrap());
+    monitor.is_in_progress = true;
+
+    let now = Instant::now();
+    monitor.next_check = now;
+    monitor.connected(now);
+    assert_eq!(monitor.due(), now + REPORT_TIMEOUT);
+    let mut status = Status::silent(String::new(), Some("2".parse().unwrap()), HomeState::Running);
+    status.spm.pid = Some(manager.pid());
+    monitor.status_received(&status, now);
+    assert_eq!((monitor.due(), monitor.manager.unwrap().answered), (now, Some(now)));
 }
 
 #[test]

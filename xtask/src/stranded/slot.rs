@@ -130,7 +130,9 @@ impl Slot {
             Some(Some(_)) => (),
         }
         if target.together {
-            try_every(POLL, PATIENCE, || (self.watch.live() == 0).then_some(()))
+            // A sentinel or the installer may have started others already.
+            let runs = || self.fleet.status().is_ok_and(|status| is_settled(&status));
+            try_every(POLL, PATIENCE, || (self.watch.live() == 0 || runs()).then_some(()))
                 .context("killed processes do not end")?;
             self.start()?;
         }
@@ -171,15 +173,19 @@ impl Slot {
     }
 
     fn order(&self, change: Change) -> Result<()> {
+        self.fleet.write_fleet(&self.fleet_file(change))
+    }
+
+    fn fleet_file(&self, change: Change) -> String {
         let manager = if change == Change::Manager {
             format!("manager.version = {:?}\n", MANAGERS[self.manager])
         } else {
             String::new()
         };
-        self.fleet.write_fleet(&format!(
+        format!(
             "heartbeatInterval = \"1s\"\nremovalDelay = \"0s\"\n{manager}[agents.{BYSTANDER}]\nversion = \"1\"\n[agents.{CHANGED}]\nversion = {:?}\n",
             RELEASES[self.release]
-        ))
+        )
     }
 
     /// From now on the gateway orders no release of the manager: it would replace the installed one.
@@ -187,9 +193,15 @@ impl Slot {
         if !std::mem::take(&mut self.is_manager_ordered) {
             return Ok(());
         }
-        let before = self.fleet.status()?["generation"].clone();
-        self.order(Change::Install)?;
-        self.wait_for("the new order", |status| status["generation"] != before).map(drop)
+        self.fleet.apply(&self.fleet_file(Change::Install))?;
+        // The answer to an earlier heartbeat may still be on its way.
+        let last = || Some(self.fleet.status().ok()?["gateway"]["lastHeartbeat"].clone());
+        let (first, mut seen) = (last(), BTreeSet::new());
+        let is_newer = || {
+            seen.extend(last().filter(|now| Some(now) != first.as_ref()).map(|now| now.to_string()));
+            (seen.len() > 1).then_some(())
+        };
+        try_every(POLL, PATIENCE, is_newer).context("the host does not send heartbeats")
     }
 
     fn install_ordered(&self) -> Result<i32> {
