@@ -275,10 +275,17 @@ fn normalize(arguments: &[OsString]) -> Result<Vec<OsString>, String> {
         "control" => &["control"],
         name if name.starts_with("aops-agent-service") => &["service"],
         #[cfg(feature = "gateway")]
-        name if name.starts_with("aops-gateway") => &["gateway"],
+        name if name.starts_with("aops-gateway") && !names_a_command(rest) => &["gateway"],
         _ => &[],
     };
     Ok(with(role, rest))
+}
+
+/// Whether the first argument is a subcommand of `aops`; none of the gateway's has the same name.
+#[cfg(feature = "gateway")]
+fn names_a_command(arguments: &[OsString]) -> bool {
+    let first = arguments.first().and_then(|first| first.to_str()).unwrap_or_default();
+    Cli::command().get_subcommands().any(|command| command.get_name() == first)
 }
 
 /// The program's name without its directory and `.exe`.
@@ -343,7 +350,11 @@ mod tests {
         assert_eq!(normal("aops-agent-service-linux-amd64 install"), "aops service install");
         assert_eq!(normal("aops-agent-service install"), "aops service install");
         #[cfg(feature = "gateway")]
-        assert_eq!(normal("./aops-gateway-linux-amd64 init"), "aops gateway init");
+        {
+            assert_eq!(normal("./aops-gateway-linux-amd64 init"), "aops gateway init");
+            assert_eq!(normal("aops-gateway gateway init"), "aops gateway init");
+            assert_eq!(normal("aops-gateway install"), "aops install");
+        }
         assert_eq!(normal("aops control status"), "aops control status");
         assert_eq!(normal("renamed control status"), "aops control status");
         assert_eq!(normal("aops-spm --version"), "aops --version");

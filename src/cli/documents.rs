@@ -11,8 +11,7 @@ use crate::host_service;
 
 /// Writes `completions/*`, `man/*.1` and `units/*.service` into `directory`.
 pub(super) fn write(command: clap::Command, directory: &Path) -> Result<ExitCode> {
-    // `aops help COMMAND` prints what `aops COMMAND --help` prints.
-    let mut command = command.disable_help_subcommand(true);
+    let mut command = without_help_command(command);
     let [completions, manual] = ["completions", "man"].map(|part| directory.join(part));
     for part in [&completions, &manual] {
         fs::create_dir_all(part).with_context(|| format!("cannot create the directory {}", part.display()))?;
@@ -30,4 +29,9 @@ pub(super) fn write(command: clap::Command, directory: &Path) -> Result<ExitCode
             .with_context(|| format!("cannot write the completions for {shell}"))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `aops help COMMAND` prints what `aops COMMAND --help` prints.
+fn without_help_command(command: clap::Command) -> clap::Command {
+    command.disable_help_subcommand(true).mut_subcommands(without_help_command)
 }

@@ -22,6 +22,8 @@ use crate::{platform, role};
 /// Longer than two roles take to start. Then the sentinel exits: the roles watch each other.
 const TIMEOUT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The pid of the process that started the sentinel. A variable, because an earlier release may be the sentinel's program.
+const STARTER: &str = "AOPS_SENTINEL_STARTER";
 /// After so many polls in a row without either role, nothing starts them.
 const ABSENCES: u32 = 3;
 
@@ -40,6 +42,7 @@ impl Sentinel {
         let program = if is_on_trial { home.backup_executable() } else { home.executable() };
         let mut command = Command::new(program);
         command.args(["spa", "--home"]).arg(home.public_path()).arg("--sentinel");
+        command.env(STARTER, std::process::id().to_string());
         command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         platform::detach_from_caller(&mut command);
         let spawned = command.spawn().inspect_err(|error| {
@@ -60,13 +63,13 @@ impl Sentinel {
 
 /// Waits for the exit of the role that started it. Then starts the watchdog if none runs, unless the sentinel or the home was stopped.
 pub fn main(home: &Home) -> Result<ExitCode> {
-    // A manager that exits holds its role a moment longer than the pipe.
-    let exiting = manager_process(home);
+    let starter = std::env::var(STARTER).ok().and_then(|pid| pid.parse().ok());
     let is_stopped = matches!(std::io::stdin().read(&mut [0]), Ok(1..));
     let deadline = Instant::now() + TIMEOUT;
     let mut without = 0;
     while !is_stopped && !role::is_stop_recorded(home) && Instant::now() < deadline {
-        let manager = role::is_held(home, Role::Spm) && is_another(manager_process(home), exiting);
+        let manager = role::is_held(home, Role::Spm);
+        let manager = manager && is_another(role::current_holder(home, Role::Spm).map(|holder| holder.pid), starter);
         let watchdog = role::is_held(home, Role::Spa);
         if manager && watchdog {
             break;
@@ -83,16 +86,9 @@ pub fn main(home: &Home) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The pid and the start time of a process.
-type ProcessIdentity = (u32, u64);
-
-/// Whether the running manager is not the exiting one.
-fn is_another(manager: Option<ProcessIdentity>, exiting: Option<ProcessIdentity>) -> bool {
-    exiting.is_none() || manager != exiting
-}
-
-fn manager_process(home: &Home) -> Option<ProcessIdentity> {
-    role::current_holder(home, Role::Spm).map(|holder| (holder.pid, holder.start_time))
+/// Whether the running manager is not the one that started the sentinel: that one exits, but holds its role a moment longer than the pipe.
+fn is_another(manager: Option<u32>, starter: Option<u32>) -> bool {
+    starter.is_none() || manager != starter
 }
 
 #[cfg(test)]
@@ -101,9 +97,9 @@ mod tests {
 
     #[test]
     fn a_manager_that_exits_does_not_count_as_running() {
-        assert!(!is_another(Some((1, 1)), Some((1, 1))));
-        assert!(is_another(Some((1, 2)), Some((1, 1))));
-        // It holds its lock without a record, or the exiting one had gone before the sentinel started.
-        assert!(is_another(None, Some((1, 1))) && is_another(Some((2, 2)), None));
+        assert!(!is_another(Some(1), Some(1)));
+        assert!(is_another(Some(2), Some(1)));
+        // It holds its lock without a record, or an earlier release started the sentinel.
+        assert!(is_another(None, Some(1)) && is_another(Some(2), None));
     }
 }

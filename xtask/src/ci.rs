@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::command::{cargo, describe};
-use crate::{apt, check_windows, dist, fuzz, packages, power_cut, rootfs, test, wine, workspace};
+use crate::{apt, check_windows, dist, fuzz, packages, rootfs, test, wine, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -78,11 +78,6 @@ const CHECKS: &[Check] = &[
         shared: &["--executable", BUILT_BY_SCENARIOS],
         ..foreground("stranded", Program::Task, &["stranded", "--sample", "24", "--homes", "8"])
     },
-    Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("durability", Program::Task, &["durability"]) },
-    Check {
-        shared: &["--executable", BUILT_FOR_HOSTS],
-        ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3", "--points", "10"])
-    },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
     background("windows", &["check-windows"]),
     background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
@@ -94,8 +89,6 @@ const CHECKS: &[Check] = &[
 const BUILT: &[&str] = &["dist", "--target", "linux/amd64", "--target", "linux/amd64+gateway", "--profile", "ci"];
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
-/// By the check `executables`.
-const BUILT_FOR_HOSTS: &str = "dist-ci/aops-linux-amd64";
 /// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
 
@@ -193,11 +186,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// `cargo xtask set-up`: installs what the checks need, before or while they run.
 pub(crate) fn set_up() -> Result<()> {
-    let needs =
-        [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS, power_cut::NEEDS, packages::NEEDS];
+    let needs = [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS, packages::NEEDS];
     apt::install(&needs.concat())?;
     rootfs::get()?;
-    power_cut::fetch_kernel()?;
     wine::get().map(drop)
 }
 

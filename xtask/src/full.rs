@@ -7,8 +7,8 @@
 //! unit tests    256 cases for each property         20,000
 //! fuzz          seconds for each parser             minutes
 //! stranded      24 kills at steps drawn by a seed    each step of an upgrade, alone and together
-//! durability    whole, with a debug build            whole, with a release build
-//! power-cut     3 cuts, 10 points between writes     100 cuts, 20 jumps of the clock, 300 points; other kernels and file systems
+//! durability    -                                   whole, with a release build
+//! power-cut     -                                   100 cuts, 20 jumps of the clock, 300 points; other kernels and file systems
 //! dist, rpm     two executables, one architecture    every platform, installed and upgraded on both architectures
 //! endurance     -                                   1,000 upgrades of the manager, and 200 under load
 //! ```

@@ -34,7 +34,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use self::host::{Event, Host, Parts, Plan};
-pub(crate) use self::machine::NEEDS;
+use self::machine::NEEDS;
 use self::points::FileSystem;
 use self::progress::Phase;
 use self::report::Report;
@@ -113,11 +113,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         suite,
     );
     outcome(stranded + stranded_points)
-}
-
-/// Fetches what a machine of the default suite boots, if it is not in the cache.
-pub(crate) fn fetch_kernel() -> Result<()> {
-    kernel::get(Suite::Bookworm).map(drop)
 }
 
 fn outcome(stranded: usize) -> Result<()> {

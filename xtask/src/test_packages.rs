@@ -320,7 +320,8 @@ impl Host {
 
     fn expect_as_before(&self, before: &files::Files, except: &[&str]) -> Result<()> {
         let difference = files::difference(before, &self.container.files());
-        let is_relevant = |line: &&String| !except.iter().any(|path| line.contains(path));
+        // dpkg removes an empty /opt: no package of the minimal system has it.
+        let is_relevant = |line: &&String| *line != "- /opt" && !except.iter().any(|path| line.contains(path));
         let left: Vec<_> = difference.iter().filter(is_relevant).collect();
         ensure!(left.is_empty(), "it left or changed: {left:#?}");
         Ok(())

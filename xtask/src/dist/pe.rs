@@ -38,7 +38,7 @@ fn check_headers(headers: &str, arch: &str) -> Result<()> {
     }
     let has_resources = headers.lines().any(|line| {
         let mut words = line.split_whitespace();
-        line.contains("Resource Directory [.rsrc]") && words.nth(2).is_some_and(|size| size.bytes().any(|b| b != b'0'))
+        line.contains("Resource Directory [.rsrc]") && words.nth(3).is_some_and(|size| size.bytes().any(|b| b != b'0'))
     });
     ensure!(has_resources, "it has no manifest and no version: no resources are linked");
     for line in headers.lines() {
