@@ -35,13 +35,20 @@ fn monitor(home: &Home, manager: &OtherProcess) -> TrialMonitor {
     TrialMonitor::new(home, true, false, Instant::now())
 }
 
+/// A trial of version 2 after version 1, with these programs.
+fn trial(from: &Digest, to: &Digest) -> Trial {
+    let image = |version: &str, executable: &Digest| json!({ "version": version, "sha256": version.repeat(64), "executable": executable });
+    serde_json::from_value(json!({ "from": image("1", from), "to": image("2", to), "phase": "trial" })).unwrap()
+}
+
+fn another_program() -> Digest {
+    "e".repeat(64).parse().unwrap()
+}
+
 /// The upgrade is noticed, and its step is to kill the manager of the previous release.
 fn kills(monitor: &mut TrialMonitor, manager: &OtherProcess, now: Instant) -> bool {
     let program = Programs::default().of_process(manager.pid()).unwrap();
-    let image = |version: &str, digit: &str, executable: &Digest| json!({ "version": version, "sha256": digit.repeat(64), "executable": executable });
-    let to = "e".repeat(64).parse().unwrap();
-    let trial = json!({ "from": image("1", "1", &program), "to": image("2", "2", &to), "phase": "trial" });
-    monitor.trial = Some(serde_json::from_value(trial).unwrap());
+    monitor.trial = Some(trial(&program, &another_program()));
     monitor.update_manager();
     assert_eq!(monitor.manager.as_ref().map(|manager| manager.image), Some(WhichRelease::From));
     let has_time = monitor.is_exiting(now);
@@ -69,10 +76,7 @@ fn a_manager_that_connects_late_can_still_report_its_status() {
     let manager = OtherProcess::start(MANAGER, "");
     let mut monitor = monitor(&home, &manager);
     let program = Programs::default().of_process(manager.pid()).unwrap();
-    let other: Digest = "e".repeat(64).parse().unwrap();
-    let image = |version: &str, digit: &str, executable: &Digest| json!({ "version": version, "sha256": digit.repeat(64), "executable": executable });
-    let trial = json!({ "from": image("1", "1", &other), "to": image("2", "2", &program), "phase": "trial" });
-    monitor.trial = Some(serde_json::from_value(trial).unwrap());
+    monitor.trial = Some(trial(&another_program(), &program));
     monitor.is_in_progress = true;
 
     let now = Instant::now();
