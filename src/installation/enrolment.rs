@@ -10,10 +10,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 
 use super::packaged;
+use crate::config;
 use crate::core::model::AgentId;
 use crate::core::role::Role;
 use crate::endpoint::{Endpoint, Fingerprint};
@@ -91,7 +92,8 @@ pub fn advice(home: &Home) -> Option<String> {
         ),
         Ok(Some(_)) => {
             format!(
-                "this host is not enrolled: run `systemctl restart {unit}`, which enrols it with {FILE}; its log shows errors"
+                "this host is not enrolled: run `systemctl restart {unit}`, which enrols it with {FILE}; if it stays so, \
+                 `journalctl -u {unit}` shows why"
             )
         }
         Err(error) => {
@@ -114,19 +116,20 @@ pub fn read() -> Result<Option<Enrolment>> {
 }
 
 fn parse(text: &str) -> Result<Enrolment> {
-    let file: EnrolmentFile = toml::from_str(text)?;
+    let file: EnrolmentFile = toml::from_str(text).map_err(|error| anyhow!("{}", config::wrong_line(text, &error)))?;
     let endpoints: Vec<Endpoint> =
-        file.endpoint.0.iter().map(|text| text.parse()).collect::<Result<_, _>>().context("endpoint")?;
+        file.endpoint.0.iter().map(|text| text.parse()).collect::<Result<_, _>>().context("cannot use endpoint")?;
     if endpoints.is_empty() {
-        bail!("endpoint names no gateway");
+        bail!("endpoint is empty: expected the gateway, such as \"https://gateway.example:8888\"");
     }
-    let pins: Vec<Fingerprint> = file.pin.0.iter().map(|text| text.parse()).collect::<Result<_, _>>().context("pin")?;
+    let pins: Vec<Fingerprint> =
+        file.pin.0.iter().map(|text| text.parse()).collect::<Result<_, _>>().context("cannot use pin")?;
     let ways = [file.ca_cert.is_some(), !pins.is_empty(), file.pin_first_contact, file.insecure];
     if ways.into_iter().filter(|way| *way).count() > 1 {
         bail!("expected at most one of caCert, pin, pinFirstContact and insecure");
     }
     Ok(Enrolment {
-        agent_id: file.agent_id.parse().context("agentId")?,
+        agent_id: file.agent_id.parse().context("cannot use agentId")?,
         endpoints,
         trusted_keys: file.trusted_keys.0.into_iter().map(PathBuf::from).collect(),
         ca_cert: file.ca_cert,

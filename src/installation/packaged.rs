@@ -12,6 +12,8 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::records::{self, ManagerRecord};
+use super::upgrade::Programs;
+use crate::core::model::Digest;
 use crate::home::Home;
 use crate::store;
 
@@ -22,6 +24,8 @@ pub struct PackageRecord {
     pub package_manager: PackageManager,
     /// The release that the package installed.
     pub release: ManagerRecord,
+    /// The SHA-256 of its executable, which a self-upgrade replaces.
+    pub executable: Digest,
 }
 
 /// The package manager of the host.
@@ -47,6 +51,11 @@ impl PackageRecord {
     pub fn load(home: &Home) -> Result<Option<PackageRecord>> {
         store::load(&home.package_record())
     }
+
+    /// Whether the executable is still that of the package.
+    pub fn is_in_place(&self, home: &Home) -> Result<bool> {
+        Ok(Programs::default().at(&home.executable())?.as_ref() == Some(&self.executable))
+    }
 }
 
 /// Whether a package has installed its files here, and no installation has completed them: the host has no identity and no gateway yet.
@@ -71,11 +80,16 @@ mod tests {
             std::fs::write(path, "").unwrap();
         }
         assert!(records::exists(&home) && !is_unenrolled(&home));
-        let text = r#"{"packageManager":"rpm","release":{"version":"1.0","sha256":"DIGEST","epoch":0,"file":"aops-spm-1.0_linux_amd64.tar.zst"}}"#;
-        std::fs::write(home.package_record(), text.replace("DIGEST", &"0".repeat(64))).unwrap();
+        let text = r#"{"packageManager":"rpm","release":{"version":"1.0","sha256":"DIGEST","epoch":0,"file":"aops-spm-1.0_linux_amd64.tar.zst"},"executable":"EXECUTABLE"}"#;
+        let digest = Programs::default().at(&home.executable()).unwrap().unwrap();
+        let text = text.replace("DIGEST", &"0".repeat(64)).replace("EXECUTABLE", digest.as_str());
+        std::fs::write(home.package_record(), text).unwrap();
         assert!(is_unenrolled(&home));
         let record = PackageRecord::load(&home).unwrap().unwrap();
         assert_eq!(record.package_manager, PackageManager::Rpm);
+        assert!(record.is_in_place(&home).unwrap());
+        std::fs::write(home.executable(), "of a self-upgrade").unwrap();
+        assert!(!record.is_in_place(&home).unwrap());
         record.release.save(&home).unwrap();
         assert!(records::exists(&home) && !is_unenrolled(&home));
     }

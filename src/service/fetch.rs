@@ -32,7 +32,7 @@ pub(super) fn fetch(plan: &InstallPlan, install_root: &InstallRoot) -> Result<Fe
     let places =
         PackagePaths { cache: install_root.work().join("cache"), staging: install_root.work().join("staging") };
     let pins = first_contact::begin(plan.contact, &plan.home, &install_root.work())?;
-    if let Some(record) = plan.packaged.clone().filter(|_| plan.package.is_none() && plan.version.is_none()) {
+    if let Some(record) = plan.packaged.clone().filter(|_| plan.uses_packaged) {
         progress::say(format_args!("using version {} of the installed package", record.release.version));
         let release = release::of_package(&plan.home, record, &install_root.work().join("aops"))?;
         return Ok(FetchedManager { release, pins });

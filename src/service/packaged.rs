@@ -19,9 +19,9 @@ use crate::core::model::MANAGER_PACKAGE;
 use crate::core::role::Role;
 use crate::home::Home;
 use crate::installation::executable::{self, ExecutableName};
-use crate::installation::packaged::PackageRecord;
+use crate::installation::packaged::{PackageRecord, is_unenrolled};
 use crate::installation::upgrade::UpgradeSession;
-use crate::installation::{self, Epochs, enrolment};
+use crate::installation::{Epochs, enrolment};
 use crate::{host_service, lifecycle, platform, role};
 
 /// Timeout for the lock on the record of upgrades. A role holds it for one step.
@@ -44,10 +44,14 @@ pub enum PackagedCommand {
 
 pub fn packaged(home: &Home, command: PackagedCommand) -> Result<ExitCode> {
     let Some(record) = PackageRecord::load(home)? else {
-        bail!("{} belongs to no package: {} is missing", home.root().display(), home.package_record().display());
+        bail!(
+            "cannot run a script of a package for {}: {} is missing; install the package again",
+            home.root().display(),
+            home.package_record().display()
+        );
     };
     match command {
-        PackagedCommand::Configure { .. } if installation::exists(home) => {
+        PackagedCommand::Configure { .. } if !is_unenrolled(home) => {
             replaced(home, &record).with_context(|| {
                 format!("cannot take over version {} in {}", record.release.version, home.root().display())
             })?;
@@ -102,7 +106,8 @@ fn replaced(home: &Home, record: &PackageRecord) -> Result<()> {
     let release = &record.release;
     {
         let session = UpgradeSession::open(home, LOCK_TIMEOUT)?;
-        let mut session = session.context("the record of the manager's upgrades is in use by another process")?;
+        let mut session = session
+            .context("the record of the manager's upgrades is in use by another process; install the package again")?;
         session.change(|upgrade| upgrade.overwritten(&release.version))?;
         release.save(home)?;
         Epochs::commit(home, MANAGER_PACKAGE, release.epoch)?;

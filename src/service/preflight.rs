@@ -73,6 +73,8 @@ pub(super) struct InstallPlan {
     pub(super) package: Option<PathBuf>,
     /// The package of the host that owns the executable.
     pub(super) packaged: Option<PackageRecord>,
+    /// Whether the release of that package is installed, without a download.
+    pub(super) uses_packaged: bool,
 }
 
 impl InstallPlan {
@@ -185,6 +187,16 @@ pub(super) fn plan(
     if let Some(note) = note {
         progress::say(note);
     }
+    let packaged = PackageRecord::load(home)?;
+    if let Some(record) = &packaged {
+        check_packaged(home, record, &existing, options.fresh)?;
+    }
+    // A later self-upgrade has replaced the executable; an enrolled host updates like any other.
+    let is_first = existing == ExistingInstallation::Nothing && options.version.is_none() && options.package.is_none();
+    let uses_packaged = match &packaged {
+        Some(record) if is_first => record.is_in_place(home)?,
+        _ => false,
+    };
     let plan = InstallPlan {
         home: home.clone(),
         executable: context.executable.clone(),
@@ -202,18 +214,27 @@ pub(super) fn plan(
         epochs,
         version: options.version.clone(),
         package: options.package.clone(),
-        packaged: PackageRecord::load(home)?,
+        packaged,
+        uses_packaged,
     };
-    if let Some(record) = plan.packaged.as_ref().filter(|_| plan.replaces_all()) {
-        bail!(
-            "cannot use --fresh: {} belongs to the package aops; run `aops control uninstall`, which keeps the package's files, and \
-             repeat the command without --fresh, or remove the package with `{}`",
-            home.root().display(),
-            record.package_manager.removal()
-        );
-    }
     check_feasible(&plan)?;
     Ok(plan)
+}
+
+/// Rejects what would move the files of a package aside.
+fn check_packaged(home: &Home, record: &PackageRecord, existing: &ExistingInstallation, fresh: bool) -> Result<()> {
+    let (shown, removal) = (home.root().display(), record.package_manager.removal());
+    match existing {
+        ExistingInstallation::Old => bail!(
+            "cannot take over the old installation in {shown}: the package aops is installed there, too; remove it with `{removal}`, \
+             take over the old installation with the installer, aops-agent-service, and install the package again"
+        ),
+        ExistingInstallation::Aops(_) if fresh => bail!(
+            "cannot use --fresh: {shown} belongs to the package aops; run `aops control uninstall`, which keeps the package's files, and \
+             repeat the command without --fresh"
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// Checks that registering and setting aside will succeed, before anything is stopped.

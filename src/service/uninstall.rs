@@ -15,7 +15,7 @@ use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
 use crate::config;
 use crate::home::Home;
 use crate::installation::executable::ExecutableName;
-use crate::installation::packaged::{PackageManager, PackageRecord};
+use crate::installation::packaged::{self, PackageManager, PackageRecord};
 use crate::installation::{self, InstallRecord};
 use crate::output::{self, message};
 use crate::store::{self, Access};
@@ -67,6 +67,10 @@ fn confirmed(home: &Home) -> Result<bool> {
 fn remove(home: &Home) -> Result<()> {
     // Before any file in the home is read.
     install_root::check_permissions(home)?;
+    if packaged::is_unenrolled(home) && !install_root::is_incomplete(home) {
+        // Nothing but the units is ours: other files were there before the package.
+        return host_service::purge(host_service::detect(), home);
+    }
     // An unreadable record does not prevent the uninstallation.
     let installed = InstallRecord::load(home).unwrap_or_else(|error| {
         progress::warn(format_args!("{error:#}"));
@@ -108,14 +112,15 @@ fn remove(home: &Home) -> Result<()> {
         .with_context(|| format!("cannot move the running executable out of {}", home.root().display()))?;
     install_root.commit();
     let packaged = PackageRecord::load(home)?;
-    remove_files(home, packaged.as_ref())?;
+    let kept = packaged.as_ref().map(|record| kept_for_package(home, record)).transpose()?.unwrap_or_default();
+    remove_files(home, &kept)?;
     // Without a record it is unknown whether the installation created the home: it is removed if it is empty.
     let directories = if known && existed { created } else { vec![home.root().to_owned()] };
     for directory in directories.iter().rev() {
         // A directory with other files in it is kept.
         let _ = fs::remove_dir(directory);
     }
-    verify(home, left, packaged.is_some())?;
+    verify(home, left, &kept)?;
     let others = entries(home.root())?;
     if packaged.is_none() && !others.is_empty() {
         let names: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
@@ -138,22 +143,9 @@ fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
 }
 
 /// Removes the files of the installation; last the executable and the records, which a repeated uninstallation needs.
-/// The files of a package of the host stay.
-fn remove_files(home: &Home, packaged: Option<&PackageRecord>) -> Result<()> {
-    let mut paths = entries(home.root())?;
-    paths.retain(|path| home.owns(path));
-    if let Some(packaged) = packaged {
-        let [bin, etc] = [home.bin(), home.etc()];
-        paths.extend(entries(&bin)?.into_iter().chain(entries(&etc)?));
-        let names = ExecutableName::ALL.iter().map(|name| name.path(home));
-        let mut kept: Vec<_> = names.chain([bin, home.executable()]).collect();
-        if packaged.package_manager == PackageManager::Rpm && home.config().is_file() {
-            // As the package brought it: a changed file would be left behind by the removal of the package.
-            store::replace(&home.config(), config::TEMPLATE.as_bytes(), Access::Public)?;
-            kept.extend([etc, home.config()]);
-        }
-        paths.retain(|path| !kept.contains(path));
-    }
+/// `kept` stays.
+fn remove_files(home: &Home, kept: &[PathBuf]) -> Result<()> {
+    let mut paths = owned(home, kept)?;
     let program = [home.bin(), home.control_link()];
     paths.sort_by_key(|path| (*path == home.state(), program.contains(path), path.clone()));
     for path in paths {
@@ -161,6 +153,28 @@ fn remove_files(home: &Home, packaged: Option<&PackageRecord>) -> Result<()> {
         if is_directory { store::remove_tree(&path)? } else { store::remove(&path)? }
     }
     Ok(())
+}
+
+/// The paths in the home that belong to a package of the host and stay. The settings are again those that the package brought.
+fn kept_for_package(home: &Home, record: &PackageRecord) -> Result<Vec<PathBuf>> {
+    let names = ExecutableName::ALL.iter().map(|name| name.path(home));
+    let mut kept: Vec<_> = names.chain([home.bin(), home.executable()]).collect();
+    if record.package_manager == PackageManager::Rpm && home.config().is_file() {
+        store::replace(&home.config(), config::TEMPLATE.as_bytes(), Access::Public)?;
+        kept.extend([home.etc(), home.config()]);
+    }
+    Ok(kept)
+}
+
+/// The paths of the installation without those in `kept`; of a kept directory, what is in it.
+fn owned(home: &Home, kept: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut paths = entries(home.root())?;
+    paths.retain(|path| home.owns(path));
+    for directory in [home.bin(), home.etc()].iter().filter(|directory| kept.contains(directory)) {
+        paths.extend(entries(directory)?);
+    }
+    paths.retain(|path| !kept.contains(path));
+    Ok(paths)
 }
 
 /// The paths in a directory.
@@ -172,11 +186,9 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// Checks that no file, unit or process of the installation remains. `left`: what is known to remain.
-fn verify(home: &Home, mut left: Vec<String>, is_packaged: bool) -> Result<()> {
-    if !is_packaged {
-        left.extend(entries(home.root())?.iter().filter(|path| home.owns(path)).map(|path| path.display().to_string()));
-    }
+/// Checks that no file, unit or process of the installation remains, except for `kept`. `left`: what is known to remain.
+fn verify(home: &Home, mut left: Vec<String>, kept: &[PathBuf]) -> Result<()> {
+    left.extend(owned(home, kept)?.iter().map(|path| path.display().to_string()));
     if let Some(kind) = host_service::find_registration(home) {
         left.push(format!("a unit of {kind}"));
     }

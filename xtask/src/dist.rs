@@ -76,6 +76,10 @@ pub(crate) fn directory(profile: &str) -> PathBuf {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let targets = if arguments.target.is_empty() { Target::ALL.to_vec() } else { arguments.target.clone() };
     let directory = directory(&arguments.profile);
+    if arguments.target.is_empty() {
+        // What an earlier version left would be signed, too.
+        workspace::remove(&directory)?;
+    }
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let gateway = arguments.executable.clone().map_or_else(gateway, Ok)?;
     let signing = Signing::begin(arguments.key.as_deref(), &gateway)?;
@@ -166,6 +170,10 @@ fn packages(target: Target, executable: &Path, directory: &Path, gateway: &Path,
     Ok(())
 }
 
+/// The names of the executable in a home, and where they lead. On Windows, `install` makes copies under these names.
+pub(crate) const LINKS: [(&str, &str); 4] =
+    [("control", "bin/aops"), ("bin/aops-spm", "aops"), ("bin/aops-spa", "aops"), ("bin/aops-agent-service", "aops")];
+
 /// The content of a package, as it lies in a home.
 fn lay_out(target: Target, executable: &Path, content: &Path) -> Result<()> {
     for part in ["bin", "etc"] {
@@ -173,12 +181,8 @@ fn lay_out(target: Target, executable: &Path, content: &Path) -> Result<()> {
     }
     put(executable, &content.join(format!("bin/aops{}", target.suffix())))?;
     put(&workspace::root().join("assets/conf.toml"), &content.join("etc/conf.toml"))?;
-    // On Windows, `install` makes copies under these names.
-    if !target.is_windows() {
-        let links = [("control", "bin/aops"), ("bin/aops-spm", "aops"), ("bin/aops-spa", "aops")];
-        for (link, to) in links.into_iter().chain([("bin/aops-agent-service", "aops")]) {
-            std::os::unix::fs::symlink(to, content.join(link)).context("cannot create a link")?;
-        }
+    for (link, to) in LINKS.iter().filter(|_| !target.is_windows()) {
+        std::os::unix::fs::symlink(to, content.join(link)).context("cannot create a link")?;
     }
     Ok(())
 }
@@ -222,10 +226,14 @@ fn sums(directory: &Path) -> Result<String> {
     let mut sums = String::new();
     for name in files(directory)?.keys().filter(|name| !name.starts_with("SHA256SUMS")) {
         let bytes = fs::read(directory.join(name)).with_context(|| format!("cannot read {name}"))?;
-        let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        sums += &format!("{digest}  {name}\n");
+        sums += &format!("{}  {name}\n", sha256(&bytes));
     }
     Ok(sums)
+}
+
+/// In hexadecimal digits.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A gateway executable for this task: the one of `cargo build`, which the tests use too.

@@ -17,7 +17,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
 use crate::command::{read, run_quietly, say, text};
 use crate::dist::{self, Target};
@@ -126,10 +125,9 @@ impl Content<'_> {
     fn lay_out(&self, stage: &Path, manager: &str, units: &str, zsh: &str) -> Result<()> {
         let home = stage.join("opt/aops");
         put(&self.executable, &home.join("bin/aops"), 0o755)?;
-        for name in ["aops-spm", "aops-spa", "aops-agent-service"] {
-            symlink("aops", home.join("bin").join(name)).context("cannot create a link")?;
+        for (link, to) in dist::LINKS {
+            symlink(to, home.join(link)).context("cannot create a link")?;
         }
-        symlink("bin/aops", home.join("control")).context("cannot create a link")?;
         let record = stage.join("opt/aops/package.json");
         fs::write(&record, self.record(manager)?).context("cannot write the record of a package")?;
         mode(&record, 0o644)?;
@@ -166,13 +164,16 @@ impl Content<'_> {
 
     /// `package.json`, by which the installer recognizes the home of a package.
     fn record(&self, manager: &str) -> Result<String> {
+        let digest = |path: &Path| -> Result<String> {
+            Ok(dist::sha256(&fs::read(path).with_context(|| format!("cannot read {}", path.display()))?))
+        };
+        let executable = digest(&self.executable)?;
         // Without the manager's own package, the executable identifies the release.
-        let identified = if self.archive.is_file() { &self.archive } else { &self.executable };
-        let bytes = fs::read(identified).with_context(|| format!("cannot read {}", identified.display()))?;
-        let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = if self.archive.is_file() { digest(&self.archive)? } else { executable.clone() };
         let file = self.archive.file_name().context("an archive has a name")?.to_string_lossy();
-        let release = json!({"version": self.version, "sha256": digest, "epoch": 0, "file": file});
-        Ok(serde_json::to_string_pretty(&json!({"packageManager": manager, "release": release}))? + "\n")
+        let release = json!({"version": self.version, "sha256": sha256, "epoch": 0, "file": file});
+        let record = json!({"packageManager": manager, "release": release, "executable": executable});
+        Ok(serde_json::to_string_pretty(&record)? + "\n")
     }
 }
 

@@ -169,6 +169,12 @@ impl Trial<'_> {
             host.done(&command).map(drop)
         };
 
+        // Nothing overwrites an installation of the old platform.
+        host.done("mkdir -p /opt/aops/etc && echo 'heartbeatSrv: https://old:1' >/opt/aops/etc/conf.yml")?;
+        let refused = install(&host, OLDER, false).err().map(|error| format!("{error:#}")).unwrap_or_default();
+        ensure!(refused.contains("an installation of the old platform is in /opt/aops"), "not refused: {refused}");
+        host.done("grep -q old /opt/aops/etc/conf.yml && test ! -e /opt/aops/bin && rm -r /opt/aops")?;
+
         // An older package on a host that nobody has enrolled.
         if kind == Kind::Deb {
             host.done(&format!(

@@ -10,6 +10,16 @@ use super::{Content, architectures, compress, directory, file_name, mode};
 use crate::command::{read, run_quietly};
 use crate::workspace;
 
+/// The files of an old installation would be overwritten.
+const PREINST: &str = r#"#!/bin/sh
+set -e
+if [ ! -e /opt/aops/package.json ] && { [ -e /opt/aops/etc/conf.yml ] || { [ -f /opt/aops/control ] && [ ! -L /opt/aops/control ]; }; }; then
+    echo "cannot install the package aops: an installation of the old platform is in /opt/aops; take it over with the installer, \
+aops-agent-service, and install the package again" >&2
+    exit 1
+fi
+"#;
+
 const POSTINST: &str = r#"#!/bin/sh
 set -e
 if [ "$1" = configure ]; then
@@ -83,7 +93,7 @@ pub(super) fn build(content: &Content<'_>, output: &Path) -> Result<PathBuf> {
         .and_then(|size| size.parse().ok())
         .context("du prints no size")?;
     write("DEBIAN/control", &control(version, arch, size), 0o644)?;
-    for (name, script) in [("postinst", POSTINST), ("prerm", PRERM), ("postrm", POSTRM)] {
+    for (name, script) in [("preinst", PREINST), ("postinst", POSTINST), ("prerm", PRERM), ("postrm", POSTRM)] {
         write(&format!("DEBIAN/{name}"), script, 0o755)?;
     }
     write("DEBIAN/md5sums", &sums(&stage)?, 0o644)?;

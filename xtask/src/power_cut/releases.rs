@@ -6,8 +6,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use sha2::{Digest as _, Sha256};
 
+use crate::dist::sha256;
 use crate::fleet::{Fleet, next_manager, quietly};
 use crate::package::Package;
 
@@ -46,8 +46,4 @@ pub(super) fn sub_agent(version: &str) -> Package {
         package = package.with_file(&name, content, 0o644);
     }
     package.with_file("SUMS", sums, 0o644)
-}
-
-pub(super) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
