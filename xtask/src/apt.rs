@@ -79,7 +79,16 @@ pub(crate) struct Private {
 impl Private {
     /// Fetches the lists of `suite` from the machine's mirror.
     pub(crate) fn of(suite: &str) -> Result<Private> {
-        let directory = workspace::cache_path(&format!("apt-{suite}"));
+        Private::with(suite, &format!("apt-{suite}"), &[])
+    }
+
+    /// As [`Private::of`], with the packages for 32-bit x86 beside those for 64-bit.
+    pub(crate) fn with_i386(suite: &str) -> Result<Private> {
+        Private::with(suite, &format!("apt-{suite}-i386"), &["APT::Architectures { \"amd64\"; \"i386\"; };".to_owned()])
+    }
+
+    fn with(suite: &str, name: &str, options: &[String]) -> Result<Private> {
+        let directory = workspace::cache_path(name);
         for part in ["state/lists/partial", "cache/archives/partial", "parts"] {
             fs::create_dir_all(directory.join(part)).context("cannot create a directory for apt")?;
         }
@@ -92,11 +101,10 @@ impl Private {
             format!("Dir::Etc::sourceparts \"{}\";", text(&directory.join("parts"))),
             "Dir::State::status \"/dev/null\";".to_owned(),
             "Acquire::Languages \"none\";".to_owned(),
-            "APT::Architectures { \"amd64\"; \"i386\"; };".to_owned(),
             "APT::Sandbox::User \"root\";".to_owned(),
         ];
         let config = directory.join("apt.conf");
-        fs::write(&config, lines.join("\n") + "\n")?;
+        fs::write(&config, [&lines, options].concat().join("\n") + "\n")?;
         let private = Private { config, directory };
         run_quietly(&mut apt_get(Some(&private.config), &["update", "-q"]))?;
         Ok(private)

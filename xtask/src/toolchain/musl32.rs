@@ -29,7 +29,7 @@ fn make(unfinished: &Path, place: &Path) -> Result<()> {
     let libraries = format!("lib32gcc-{major}-dev");
     say(&format!("fetching musl and {libraries} for 32-bit x86 (once)"));
     let fetched = SUITES.iter().find_map(|suite| {
-        let private = Private::of(suite).ok()?;
+        let private = Private::with_i386(suite).ok()?;
         private.versions(&libraries).ok().filter(|versions| !versions.is_empty()).map(|_| private)
     });
     let private = fetched.with_context(|| format!("cannot find {libraries} in Debian's {}", SUITES.join(", ")))?;
