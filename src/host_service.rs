@@ -17,6 +17,7 @@ pub mod product;
 mod systemd;
 
 pub use none::stop_watchdog;
+pub use systemd::foreign::ForeignUnit;
 
 /// Calls the function of that name in the file of the kind.
 macro_rules! of {
@@ -103,6 +104,31 @@ pub fn is_registered(kind: ServiceManagerKind, home: &Home) -> bool {
 /// Whether the service manager knows this home: a registration, or state that remains without one.
 pub fn is_known(kind: ServiceManagerKind, home: &Home) -> bool {
     of!(kind, is_known(home))
+}
+
+/// The units that somebody else wrote for the programs in the home: those of the system that aops replaces.
+pub fn foreign_units(home: &Home) -> Result<Vec<ForeignUnit>> {
+    if systemd::runs() { systemd::foreign::find(home) } else { Ok(Vec::new()) }
+}
+
+/// Stops foreign units; they stay enabled.
+pub fn stop_foreign(units: &[ForeignUnit]) -> Result<()> {
+    systemd::foreign::stop(units)
+}
+
+/// Removes foreign units, also if some are already gone.
+pub fn remove_foreign(units: &[ForeignUnit]) -> Result<()> {
+    systemd::foreign::remove(units)
+}
+
+/// Puts removed foreign units back, enabled as before; starts nothing.
+pub fn put_back_foreign(units: &[ForeignUnit]) -> Result<()> {
+    systemd::foreign::put_back(units)
+}
+
+/// Starts the foreign units that were active or that start at boot; whether there were any.
+pub fn start_foreign(units: &[ForeignUnit]) -> Result<bool> {
+    systemd::foreign::start(units)
 }
 
 /// Starts roles; a running one is not restarted. Returns the manager's process if no service manager is its parent.

@@ -17,6 +17,7 @@ use crate::core::service_manager::UnitCondition;
 use crate::home::Home;
 use crate::store::{self, Access};
 
+pub mod foreign;
 mod units;
 
 /// Timeout of calls that only query or write.

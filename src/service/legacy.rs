@@ -14,6 +14,7 @@ use super::{leftovers, progress};
 use crate::command;
 use crate::config::import;
 use crate::home::Home;
+use crate::host_service::{self, ForeignUnit};
 use crate::{platform, store};
 
 /// Timeout of a call of the old installation's `control` script.
@@ -56,8 +57,11 @@ pub(super) fn script(home: &Home) -> Option<PathBuf> {
     (is_file && platform::is_executable(&control)).then_some(control)
 }
 
-/// Stops it with its own script, then the processes that still run from its directory.
+/// Stops its units, then it with its own script, then the processes that still run from its directory. The units are recorded first.
 pub(super) fn stop(home: &Home) -> Result<()> {
+    let units = host_service::foreign_units(home).context("cannot find the units of the old installation")?;
+    store::save(&units_record(home), &units)?;
+    host_service::stop_foreign(&units)?;
     if has_control(home) {
         // If the script fails, its processes are stopped below.
         if let Err(error) = control(home, "stop") {
@@ -67,9 +71,18 @@ pub(super) fn stop(home: &Home) -> Result<()> {
     leftovers::stop_running_from(home.root()).context("cannot stop the old installation")
 }
 
-/// Restarts it after a failure.
+/// Restarts it after a failure: by its units if it has some.
 pub(super) fn start(home: &Home) -> Result<()> {
-    if has_control(home) { control(home, "start") } else { Ok(()) }
+    if host_service::start_foreign(&units(home)?)? || !has_control(home) { Ok(()) } else { control(home, "start") }
+}
+
+/// The units that were recorded when it was stopped.
+fn units(home: &Home) -> Result<Vec<ForeignUnit>> {
+    Ok(store::load(&units_record(home))?.unwrap_or_default())
+}
+
+fn units_record(home: &Home) -> PathBuf {
+    home.install_work().join("units.json")
 }
 
 fn control(home: &Home, verb: &str) -> Result<()> {
@@ -103,9 +116,9 @@ fn is_directory(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir())
 }
 
-/// Whether a path is one of the directories for what is set aside.
+/// Whether a path is one of the directories for what is set aside, or the record of the units.
 pub(super) fn is_aside(home: &Home, path: &Path) -> bool {
-    path == aside(home) || path == aside_part(home)
+    path == aside(home) || path == aside_part(home) || path == units_record(home)
 }
 
 /// The files that are set aside: those of which installation.
@@ -152,14 +165,16 @@ pub(super) fn can_set_aside(home: &Home, owner: BackupOwner, executable: &Path) 
     store::remove_tree(&blocker)
 }
 
-/// Moves the files of an installation that is replaced aside.
+/// Moves the files of an installation that is replaced aside, and removes the recorded units.
 pub(super) fn set_aside(home: &Home, owner: BackupOwner, executable: &Path) -> Result<()> {
     let stays = |path: &Path| !owner.has(home, path, executable);
     move_entries(home.root(), &aside_part(home), &stays, home)?;
-    rename(&aside_part(home), &aside(home))
+    rename(&aside_part(home), &aside(home))?;
+    if owner == BackupOwner::Old { host_service::remove_foreign(&units(home)?) } else { Ok(()) }
 }
 
-/// Moves back what was set aside, and removes what a new installation created instead. It can be repeated if it is killed.
+/// Moves back what was set aside, with the recorded units, and removes what a new installation created instead. It can be repeated if it is
+/// killed.
 pub(super) fn restore(home: &Home, executable: &Path) -> Result<()> {
     let aside = aside(home);
     let attempt = || -> Result<()> {
@@ -173,7 +188,9 @@ pub(super) fn restore(home: &Home, executable: &Path) -> Result<()> {
             rename(&aside, &aside_part(home))?;
         }
         if is_part_aside(home) {
+            // Once its programs are in place: they are started at a boot.
             move_entries(&aside_part(home), home.root(), &|_| false, home)?;
+            host_service::put_back_foreign(&units(home)?)?;
             fs::remove_dir_all(aside_part(home))?;
         }
         Ok(())

@@ -9,6 +9,7 @@
 //!               homes                  offline packages, certificate pins, several homes on a host, import of an old installation
 //!               canonical_path         a home reached by several paths is one home with one pair of units
 //!               joining                the old platform's install command; both kinds of sub-agents start
+//!               take_over              an installation of the replaced system with its units is taken over, or runs as before
 //!               refusals               rejections of the installer name a remedy and change nothing; a killed one can be repeated
 //! roles         without_systemd        manager and watchdog restart each other; stop, start, restart; one process of each
 //!               systemd                the same under systemd: stopped, masked and restarted units, boots
@@ -73,6 +74,7 @@ mod install {
     pub(crate) mod refusals;
     mod replace_and_remove;
     pub(crate) mod systemd;
+    mod take_over;
 }
 mod roles {
     mod launcher;

@@ -21,8 +21,10 @@ const AGENTS_UNIT: &str = include_str!("../../../assets/aops-agents.service");
 
 /// First words of a unit file that `install` wrote.
 const HEADER: &str = "# Written by `aops install`";
+/// First line of a unit of our package.
+const PACKAGE_HEADER: &str = "# Of the package aops; put changes into a drop-in (systemctl edit).";
 /// Maximum size of a unit file that is read; ours have less than 2 KiB.
-const MAX_UNIT_BYTES: u64 = 64 << 10;
+pub(super) const MAX_UNIT_BYTES: u64 = 64 << 10;
 /// Number of hexadecimal digits that distinguish the units of homes.
 const DIGITS: usize = 8;
 
@@ -36,7 +38,7 @@ pub(super) struct UnitFile {
 }
 
 /// Where packages of the host put their units. Those that `install` writes take precedence.
-const PACKAGE_DIRECTORIES: &[&str] = &["/usr/lib/systemd/system", "/lib/systemd/system"];
+pub(super) const PACKAGE_DIRECTORIES: &[&str] = &["/usr/lib/systemd/system", "/lib/systemd/system"];
 
 /// The path of a unit file that `install` writes.
 pub(super) fn own_path(unit: &str) -> PathBuf {
@@ -175,6 +177,11 @@ fn program_of(unit: &str) -> Option<&'static str> {
     programs.into_iter().find(|program| of_program(unit, program))
 }
 
+/// Whether a unit file is one that `install` wrote, or one of our package.
+pub(super) fn is_ours(text: &str) -> bool {
+    text.starts_with(HEADER) || text.starts_with(PACKAGE_HEADER)
+}
+
 /// The unit files of a home, as this release writes them.
 pub(super) fn files(home: &Home) -> Result<[UnitFile; 3]> {
     let file = |unit: String, program: PathBuf, template| -> Result<UnitFile> {
@@ -198,7 +205,6 @@ impl UnitFile {
     /// The content of a package's unit.
     #[cfg(feature = "documents")]
     pub(super) fn of_package(&self) -> String {
-        const PACKAGE_HEADER: &str = "# Of the package aops; put changes into a drop-in (systemctl edit).";
         let rest = self.contents.split_once('\n').map_or("", |(_, rest)| rest);
         format!("{PACKAGE_HEADER}\n{rest}")
     }

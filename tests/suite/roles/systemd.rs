@@ -355,8 +355,9 @@ fn of_home(container: &Container) -> Vec<(u32, String)> {
 
 #[track_caller]
 fn one_of_each(container: &Container) {
-    let of_home = of_home(container);
-    assert_eq!(of_home.len(), 4, "{of_home:?}\n{}", evidence(container));
+    // For a moment a child that a role has forked still has its command line.
+    let single = try_for(SOON, || (of_home(container).len() == 4).then_some(()));
+    assert!(single.is_some(), "{:?}\n{}", of_home(container), evidence(container));
 }
 
 /// Nothing runs, `status` reports it, and it stays so for a while.

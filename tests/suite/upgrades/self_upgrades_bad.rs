@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::support::host::SOON;
 use crate::support::package::Package;
 use crate::support::release;
-use crate::support::wait::wait_for;
+use crate::support::wait::{try_for, wait_for};
 use crate::upgrades::self_upgrades::{ENDED, agents_of, expect_in_place, expect_outcomes, host_with, order, runs};
 
 const ROLLED_BACK: &[&str] = &["rollback ok 1.0.0", "skip ok 2.0.0"];
@@ -35,13 +35,16 @@ fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     });
     // Both roles and the two sub-agents.
     let roles = ["spm", "spa"].map(|role| status[role]["pid"].clone());
-    let left: Vec<_> = host
-        .processes()
-        .into_iter()
-        .filter(|process| !before.contains(&process.pid) && !roles.contains(&Value::from(process.pid)))
-        .filter(|process| !process.command.contains("sleep 1000000"))
-        .collect();
-    assert!(left.is_empty(), "{name}: {left:?}");
+    let left = || -> Vec<_> {
+        let mut found = host.processes();
+        found.retain(|process| {
+            let is_known = before.contains(&process.pid) || roles.contains(&Value::from(process.pid));
+            !is_known && !process.command.contains("sleep 1000000")
+        });
+        found
+    };
+    // For a moment a child that a role has forked still has its command line.
+    assert!(try_for(SOON, || left().is_empty().then_some(())).is_some(), "{name}: {:?}", left());
 }
 
 /// The path of a good program, quoted for a shell.
