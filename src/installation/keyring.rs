@@ -1,8 +1,8 @@
 //! The public keys that packages are verified with: the trusted and the revoked ones.
 //!
 //! ```text
-//! etc/keys/*.pub        keys of the operator and of the bootstrap executable
-//! state/keys.json       brought:  keys added by the bootstrap and by signed packages of the manager
+//! etc/keys/*.pub        keys of the operator and of the first installation
+//! state/keys.json       brought:  keys added by the first installation, by a bootstrap and by signed packages of the manager
 //!                       revoked:  keys revoked by signed packages of the manager
 //! (the executable)      keys built in at build time
 //!
@@ -13,8 +13,9 @@
 //!
 //! A revoked key is rejected from every source (built in, in a bootstrap, in a later package) and under any id. A rollback does not undo a
 //! revocation. One source overrides it: a key in an operator's own file in `etc/keys` stays trusted until the file is removed, with a
-//! warning. A key in `etc/keys` is the operator's own unless it is listed as brought. In a home older than `state/keys.json`, every key
-//! counts as brought.
+//! warning. A key in `etc/keys` is the operator's own unless it is listed as brought. The keys of a first installation are brought, also
+//! those that were given for it: a revocation takes effect on every host of a fleet. In a home older than `state/keys.json`, every key counts
+//! as brought.
 
 use std::path::Path;
 
@@ -134,8 +135,8 @@ pub fn trusted(home: &Home) -> Result<Keys> {
     Keyring::load(home)?.trusted(&Keys::load(&home.keys())?, &Keys::baked_in()?)
 }
 
-/// Installs the keys that the operator has `given`, those in the bootstrap (`carried`), and those of the manager's package. Returns remarks
-/// for the operator. `keeps`: the keys of the existing installation are kept.
+/// Installs the keys that the operator has `given`, those of a first installation or in the bootstrap (`carried`), and those of the manager's
+/// package. Returns remarks for the operator. `keeps`: the keys of the existing installation are kept.
 pub fn install(home: &Home, keeps: bool, given: &Keys, carried: &Keys, offer: &KeyOffer) -> Result<Vec<String>> {
     let _lock = trust::lock(home)?;
     let existing = if keeps { Some(Keyring::load(home)?) } else { None };
@@ -193,7 +194,7 @@ impl Keyring {
     }
 
     /// An older version did not record the source of a key. It counts as brought, so that its revocation takes effect on every host of a
-    /// fleet; an operator can give it again to keep it.
+    /// fleet; an operator can give it again after that.
     fn of_older_version(etc: &Keys) -> Keyring {
         let mut ring = Keyring::default();
         for key in etc.iter() {
@@ -216,10 +217,11 @@ impl Keyring {
     /// `etc`; and the accepted ones of `carried`.
     pub fn installed(&self, given: &Keys, carried: &Keys, etc: &Keys) -> (Keyring, Keys) {
         let mut ring = self.clone();
-        ring.brought.retain(|entry| !given.contains(&entry.key));
+        // A key that is given once more is as before.
+        ring.brought.retain(|entry| !given.contains(&entry.key) || !self.is_revoked(&entry.key));
         let accepted = carried.filtered(|key| !self.is_revoked(key) || given.contains(key));
         for key in accepted.iter().filter(|key| !etc.contains(key) && !given.contains(key)) {
-            ring.bring(key, "the bootstrap");
+            ring.bring(key, "the installation");
         }
         (ring, accepted)
     }

@@ -348,7 +348,7 @@ pub(super) struct InstallTrust {
     pub(super) keys: Keys,
     /// Given by the operator.
     pub(super) given: Keys,
-    /// In the trailer of the running executable.
+    /// In the trailer of the running executable; for a new home, those that were given, too.
     pub(super) carried: Keys,
     /// The future content of `etc/keys`.
     pub(super) etc: Keys,
@@ -363,6 +363,10 @@ fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool
     }
     for text in trailer::read(executable)?.unwrap_or_default() {
         carried.extend(Keys::parse(&text)?)?;
+    }
+    if !keeps {
+        // So that a revocation by a package takes effect on every host of a fleet, however it was installed.
+        carried.extend(std::mem::take(&mut given))?;
     }
     let (ring, mut etc) = match keeps {
         true => {

@@ -31,6 +31,7 @@
 //! downloads     faulty_network         downloads over a proxy that cuts, delays and damages are complete and correct
 //!               network_namespace      downloads over partitions, packet loss, slow name servers and proxies
 //! trust         keys                   rotation and revocation of keys, trusted certificates
+//!               offline_key            packages signed on a machine that is never online; its key is rotated across a fleet
 //!               attacks                a table of attacks on a host, one test for each (see its head)
 //! gateway       serving                fleet files, heartbeats, downloads, publishing
 //!               parts                  a part of the gateway that fails is named and stops no other
@@ -95,10 +96,11 @@ mod support;
 mod trust {
     mod attacks;
     mod keys;
+    mod offline_key;
 }
 mod upgrades {
     mod ledger;
-    mod self_upgrades;
+    pub(crate) mod self_upgrades;
     mod self_upgrades_bad;
     mod self_upgrades_host;
     mod state_versions;

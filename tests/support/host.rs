@@ -29,8 +29,13 @@ pub struct TestHost {
 impl TestHost {
     /// A host without an installation.
     pub fn new() -> TestHost {
+        TestHost::with_id("5402204854438")
+    }
+
+    /// As [`TestHost::new`], for one of several hosts of a gateway.
+    pub fn with_id(agent_id: &str) -> TestHost {
         let directory = tempfile::Builder::new().prefix("aops-host-").tempdir().expect("a temporary directory");
-        TestHost { directory, agent_id: "5402204854438".to_owned() }
+        TestHost { directory, agent_id: agent_id.to_owned() }
     }
 
     /// A host that has joined the gateway's fleet; the gateway must offer a manager.

@@ -82,8 +82,9 @@ fn an_operators_own_key_file_overrides_a_revocation_with_a_warning() {
     assert_eq!(ring.overruled(&own).len(), 1);
     trusts(&ring, &none(), &none(), &[&new]);
     assert!(ring.overruled(&none()).is_empty());
-    // A key given at an installation is the operator's, even if a bootstrap brought it before.
+    // A key given after it was revoked is the operator's, even if a bootstrap brought it before; one that is given before is not.
     let (ring, carried) = Keyring::default().installed(&none(), &all(&[&own, &new]), &none());
+    let (ring, _) = ring.installed(&own, &none(), &carried);
     let (ring, _) = after(&ring, &offer(&[], &[&own]), &carried, &none());
     trusts(&ring, &carried, &none(), &[&new]);
     let (ring, _) = ring.installed(&own, &none(), &carried);
