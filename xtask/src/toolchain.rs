@@ -80,17 +80,24 @@ impl Toolchain {
     /// `cargo <subcommand>` for `target`, to check or test: with the library that tests need, and without optimization. Build scripts
     /// compile C for the target too.
     pub(crate) fn cargo_for_tests(&self, subcommand: &str, target: &str) -> Command {
-        let mut command = self.cargo_with(subcommand, target, "std,panic_abort,test");
+        let mut command = self.cargo_with(subcommand, target, "std,panic_abort,test", &[]);
         command.args(["--config", r#"profile.dev.package."*".opt-level=0"#]);
         command
     }
 
-    /// `cargo <subcommand>` for `target`, with a target directory of its own.
+    /// `cargo <subcommand>` for `target`, with a target directory of its own. A panic ends the process: without tables for unwinding, a
+    /// tenth of an executable, where the platform allows it.
     pub(crate) fn cargo(&self, subcommand: &str, target: &str) -> Command {
-        self.cargo_with(subcommand, target, "std,panic_abort")
+        if !target.contains("-linux-") {
+            return self.cargo_with(subcommand, target, "std,panic_abort", &[]);
+        }
+        let mut command = self.cargo_with(subcommand, target, "std,panic_abort", &["-Cforce-unwind-tables=no"]);
+        let variable = format!("CFLAGS_{}", target.replace('-', "_"));
+        command.env(variable, "-fno-asynchronous-unwind-tables -fno-unwind-tables");
+        command
     }
 
-    fn cargo_with(&self, subcommand: &str, target: &str, libraries: &str) -> Command {
+    fn cargo_with(&self, subcommand: &str, target: &str, libraries: &str, more_flags: &[&str]) -> Command {
         let mut command = match &self.copy {
             None => cargo(),
             Some(copy) => {
@@ -116,9 +123,10 @@ impl Toolchain {
         }
         let underscored = target.replace('-', "_");
         let prefix = format!("CARGO_TARGET_{}", underscored.to_uppercase());
-        if !self.flags.is_empty() {
+        let flags: Vec<_> = self.flags.iter().map(String::as_str).chain(more_flags.iter().copied()).collect();
+        if !flags.is_empty() {
             // This variable allows spaces. A target is given, so it does not apply to build scripts.
-            command.env("CARGO_ENCODED_RUSTFLAGS", self.flags.join("\x1f"));
+            command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
         }
         if let Some(linker) = &self.linker {
             command.env(format!("{prefix}_LINKER"), linker);
