@@ -9,7 +9,8 @@
 //! stranded      24 kills at steps drawn by a seed    each step of an upgrade, alone and together
 //! durability    -                                   whole, with a release build
 //! power-cut     -                                   100 cuts, 20 jumps of the clock, 300 points; other kernels and file systems
-//! dist, rpm     two executables, one architecture    every platform, installed and upgraded on both architectures
+//! dist, rpm     two executables, one architecture    every platform, installed and upgraded on both architectures and in virtual machines
+//! scenarios     64-bit                               32-bit, too; and as on Linux 3.10, in both widths
 //! endurance     -                                   1,000 upgrades of the manager, and 200 under load
 //! ```
 //!
@@ -66,7 +67,12 @@ const PARTS: &[Part] = &[
     task("dist", &["dist"]),
     task("rpm", &["rpm"]),
     task("test-packages", &["test-packages"]),
+    task("power-cut-deb-bullseye", &["power-cut", "--cuts", "6", "--clock-jumps", "2", "--deb", "--suite", "bullseye"]),
+    task("power-cut-deb-trixie", &["power-cut", "--cuts", "6", "--clock-jumps", "2", "--deb", "--suite", "trixie"]),
     task("test-packages-386", &["test-packages", "--target", "linux/386"]),
+    task("scenarios-386", &["test", "--target", "linux/386", "--test", "suite"]),
+    task("old-kernel", &["test", "--target", "linux/amd64", "--old-kernel"]),
+    task("old-kernel-386", &["test", "--target", "linux/386", "--old-kernel"]),
     task("endurance", &["endurance", "--upgrades", "1000", "--homes", "16"]),
     task("endurance-under-load", &["endurance", "--upgrades", "200", "--homes", "4", "--agents", "30", "--load"]),
 ];

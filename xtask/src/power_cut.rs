@@ -65,6 +65,9 @@ pub(crate) struct Arguments {
     /// Whose kernel and systemd the machines have
     #[arg(long, value_enum, default_value_t = Suite::Bookworm)]
     suite: Suite,
+    /// Install the Debian package instead, with what `dist` has built; no points
+    #[arg(long)]
+    deb: bool,
     /// The executable to install [default: the static one of `dist` is built]
     #[arg(long, value_name = "FILE")]
     executable: Option<PathBuf>,
@@ -88,13 +91,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         None => dist::build(dist::Target::LinuxAmd64, dist::RELEASE)?,
     };
     let gateway = gateway(&executable)?;
-    let parts = Parts { executable: &executable, gateway: &gateway, root: &root, kernel: &kernel };
+    let deb = arguments.deb.then(|| releases::deb(&executable, scratch.path())).transpose()?;
+    let parts = Parts { executable: &executable, gateway: &gateway, deb: deb.as_deref(), root: &root, kernel: &kernel };
     let seed = arguments
         .seed
         .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64));
     let suite = arguments.suite.name();
     say(&format!("power-cut: seed {seed}, {suite} with the kernel {}", kernel.release));
     let stranded_points = match arguments.points {
+        _ if arguments.deb => 0,
         0 => 0,
         count => points::run(&parts, count, seed, arguments.filesystem)?,
     };
@@ -105,12 +110,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let stranded = report.stranded();
     print!("{}", report.table());
     println!(
-        "{} events, {stranded} stranded, in {} s; again with: cargo xtask power-cut --cuts {} --clock-jumps {} --points 0 --suite {} --seed {seed}",
+        "{} events, {stranded} stranded, in {} s; again with: cargo xtask power-cut --cuts {} --clock-jumps {} --points 0 --suite {}{} --seed {seed}",
         report.events(),
         started.elapsed().as_secs(),
         arguments.cuts,
         arguments.clock_jumps,
         suite,
+        if arguments.deb { " --deb" } else { "" },
     );
     outcome(stranded + stranded_points)
 }

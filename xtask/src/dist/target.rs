@@ -24,7 +24,7 @@ impl Target {
     pub(crate) const ALL: [Target; 5] =
         [Target::LinuxAmd64, Target::Linux386, Target::WindowsAmd64, Target::Windows386, Target::Gateway];
 
-    pub(super) fn triple(self) -> &'static str {
+    pub(crate) fn triple(self) -> &'static str {
         match self {
             Target::LinuxAmd64 | Target::Gateway => "x86_64-unknown-linux-musl",
             Target::Linux386 => "i686-unknown-linux-musl",

@@ -43,11 +43,15 @@ const PROGRESS_PATH: &str = "/usr/local/sbin/upgrade-progress";
 const PROGRESS_UNIT: &str = "[Unit]\nDescription=Phases of upgrades on the console\nDefaultDependencies=no\n\n[Service]\n\
      ExecStart=/usr/local/sbin/upgrade-progress\n\n[Install]\nWantedBy=multi-user.target\n";
 
+const DEB_PATH: &str = "/root/aops.deb";
+
 /// What hosts are made of.
 pub(super) struct Parts<'a> {
     /// What is installed in the guest.
     pub(super) executable: &'a Path,
     pub(super) gateway: &'a Path,
+    /// The Debian package with which it is installed, if any.
+    pub(super) deb: Option<&'a Path>,
     pub(super) root: &'a Path,
     pub(super) kernel: &'a Kernel,
 }
@@ -136,7 +140,8 @@ impl<'a> Host<'a> {
         host.write_order()?;
         host.fleet.start_gateway()?;
         host.boot(None)?;
-        host.install().with_context(|| format!("cannot install\n{}", host.logs()))?;
+        let installed = if parts.deb.is_some() { host.install_deb() } else { host.install() };
+        installed.with_context(|| format!("cannot install\n{}", host.logs()))?;
         host.reached(Instant::now()).with_context(|| format!("the host does not run\n{}", host.logs()))?;
         let boot = host.machine()?.booted_in().as_secs();
         say(&format!(
@@ -239,6 +244,20 @@ impl<'a> Host<'a> {
             MANAGERS[0]
         );
         self.machine()?.read(&script, PATIENCE).map(drop)
+    }
+
+    /// As an image or a configuration management does: enrolled unattended, then booted again.
+    fn install_deb(&mut self) -> Result<()> {
+        let endpoint = self.fleet.url().replace("127.0.0.1", HOST_ADDRESS);
+        let script = format!(
+            "mkdir -p /etc/aops && printf '%s\\n' 'agentId = \"machine\"' 'endpoint = \"{endpoint}\"' \
+             'trustedKeys = [\"/root/aops.pub\"]' 'caCert = \"/root/cert.pem\"' >/etc/aops/enrol.toml && dpkg -i {DEB_PATH} && \
+             printf '\\nupgradeTrial = \"{TRIAL}\"\\n' >>/opt/aops/etc/conf.toml && sync"
+        );
+        self.machine()?.read(&script, PATIENCE)?;
+        self.reached(Instant::now()).context("the package does not run what is ordered")?;
+        self.machine.take().context("the machine does not run")?.power_off()?;
+        self.boot(None)
     }
 
     /// Orders the next release of each of these.
@@ -375,6 +394,9 @@ impl<'a> Host<'a> {
 fn image<'a>(parts: &Parts<'a>, fleet: &Fleet) -> Image<'a> {
     let mut image = Image::new(parts.root, parts.kernel);
     image.copy("/root/aops", parts.executable, 0o755);
+    if let Some(deb) = parts.deb {
+        image.copy(DEB_PATH, deb, 0o644);
+    }
     image.copy("/root/aops.pub", &fleet.depot().join("keys/aops.pub"), 0o644);
     image.copy("/root/cert.pem", &fleet.depot().join("tls/cert.pem"), 0o644);
     image.file(PROGRESS_PATH, PROGRESS, 0o755);

@@ -3,13 +3,14 @@
 //! The executables of the manager differ in their last bytes, which are the version. The sub-agent has many files, and a list of their
 //! checksums.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::dist::sha256;
+use crate::dist::{self, Target, sha256};
 use crate::fleet::{Fleet, next_manager, quietly};
 use crate::package::Package;
+use crate::packages;
 
 pub(super) const MANAGERS: [&str; 3] = ["0.1.0", "0.1.1", "0.1.2"];
 pub(super) const RELEASES: [&str; 3] = ["7.1.0", "7.1.1", "7.1.2"];
@@ -32,6 +33,13 @@ pub(super) fn publish(executable: &Path, fleet: &Fleet) -> Result<Vec<String>> {
         Ok(sha256(&published))
     };
     MANAGERS.into_iter().map(one).collect()
+}
+
+/// The Debian package of the manager's first release, built into a directory.
+pub(super) fn deb(executable: &Path, directory: &Path) -> Result<PathBuf> {
+    let first = next_manager(executable, MANAGERS[0])?;
+    packages::build(Target::LinuxAmd64, dist::RELEASE, MANAGERS[0], &first.path().join("bin/aops"), directory)?;
+    Ok(directory.join(packages::file_name(Target::LinuxAmd64, MANAGERS[0], false)))
 }
 
 /// A release with files that cannot be compressed, and their checksums.
