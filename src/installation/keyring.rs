@@ -217,7 +217,7 @@ impl Keyring {
     /// `etc`; and the accepted ones of `carried`.
     pub fn installed(&self, given: &Keys, carried: &Keys, etc: &Keys) -> (Keyring, Keys) {
         let mut ring = self.clone();
-        // A key that is given once more is as before.
+        // A key that is given again before that keeps its source.
         ring.brought.retain(|entry| !given.contains(&entry.key) || !self.is_revoked(&entry.key));
         let accepted = carried.filtered(|key| !self.is_revoked(key) || given.contains(key));
         for key in accepted.iter().filter(|key| !etc.contains(key) && !given.contains(key)) {

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::command::{cargo, describe};
-use crate::{apt, check_windows, dist, fuzz, packages, rootfs, test, wine, workspace};
+use crate::{apt, check_windows, dist, fuzz, packages, power_cut, rootfs, test, wine, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -76,19 +76,39 @@ const CHECKS: &[Check] = &[
     Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("demo", Program::Task, &["demo"]) },
     Check {
         shared: &["--executable", BUILT_BY_SCENARIOS],
-        ..foreground("stranded", Program::Task, &["stranded", "--sample", "24", "--homes", "8"])
+        ..foreground("stranded", Program::Task, &["stranded", "--sample", "16", "--homes", "8"])
+    },
+    Check {
+        shared: &["--executable", BUILT_BY_EXECUTABLES],
+        ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3", "--points", "10"])
     },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
-    background("windows", &["check-windows"]),
     background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
+    background("windows", &["check-windows"]),
+    background("other-executables", OTHERS),
     background("dependencies", &["deny"]),
     background("fuzz-targets", &["fuzz", "--seconds", "5"]),
 ];
 
-/// The others take as long each, and are built by `full`.
+/// What is tested as it is handed out.
 const BUILT: &[&str] = &["dist", "--target", "linux/amd64", "--target", "linux/amd64+gateway", "--profile", "ci"];
+/// They take long, so only `full` optimizes them.
+const OTHERS: &[&str] = &[
+    "dist",
+    "--target",
+    "linux/386",
+    "--target",
+    "windows/amd64",
+    "--target",
+    "windows/386",
+    "--profile",
+    "dev",
+    "--bare",
+];
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
+/// The same; static, with the gateway.
+const BUILT_BY_EXECUTABLES: &str = "dist-ci/aops-gateway-linux-amd64";
 /// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
 
@@ -186,9 +206,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// `cargo xtask set-up`: installs what the checks need, before or while they run.
 pub(crate) fn set_up() -> Result<()> {
-    let needs = [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS, packages::NEEDS];
+    let needs =
+        [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS, packages::NEEDS, power_cut::NEEDS];
     apt::install(&needs.concat())?;
     rootfs::get()?;
+    power_cut::set_up()?;
     wine::get().map(drop)
 }
 

@@ -65,7 +65,7 @@ const PARTS: &[Part] = &[
         &["power-cut", "--cuts", "10", "--clock-jumps", "4", "--points", "0", "--suite", "trixie"],
     ),
     task("dist", &["dist"]),
-    task("rpm", &["rpm"]),
+    task("rpm", &["rpm", "--lint"]),
     task("test-packages", &["test-packages"]),
     task("power-cut-deb-bullseye", &["power-cut", "--cuts", "6", "--clock-jumps", "2", "--deb", "--suite", "bullseye"]),
     task("power-cut-deb-trixie", &["power-cut", "--cuts", "6", "--clock-jumps", "2", "--deb", "--suite", "trixie"]),

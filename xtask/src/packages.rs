@@ -30,6 +30,9 @@ pub(crate) struct Arguments {
     /// The platforms; may be repeated [default: linux/amd64 and linux/386]
     #[arg(long, value_enum)]
     target: Vec<Target>,
+    /// Check the Debian packages with lintian, too
+    #[arg(long)]
+    lint: bool,
     /// The key to sign SHA256SUMS with [default: the throw-away key of `dist`]
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
@@ -60,9 +63,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     for target in targets.iter().copied() {
         ensure!(TARGETS.contains(&target), "only hosts with Linux have these packages");
         build(target, &arguments.profile, dist::VERSION, &output.join(target.executable()), &output)?;
+        if arguments.lint {
+            lint(&output.join(file_name(target, dist::VERSION, false)))?;
+        }
     }
     let gateway = arguments.executable.clone().map_or_else(dist::gateway, Ok)?;
     dist::sign_sums(&output, arguments.key.as_deref(), &gateway)
+}
+
+/// Fails for an error or a warning that the package does not override with a reason.
+fn lint(package: &Path) -> Result<()> {
+    apt::install(&[("lintian", "lintian")])?;
+    run_quietly(Command::new("lintian").args(["--allow-root", "--fail-on", "error,warning"]).arg(package))
 }
 
 /// Packages an executable as this version, with the documents that `dist` has created with `profile`.

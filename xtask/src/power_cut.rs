@@ -34,7 +34,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use self::host::{Event, Host, Parts, Plan};
-use self::machine::NEEDS;
+pub(crate) use self::machine::NEEDS;
 use self::points::FileSystem;
 use self::progress::Phase;
 use self::report::Report;
@@ -123,6 +123,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 fn outcome(stranded: usize) -> Result<()> {
     if stranded > 0 { bail!("{stranded} hosts were stranded") } else { Ok(()) }
+}
+
+/// Fetches the kernel of the tests' suite.
+pub(crate) fn set_up() -> Result<()> {
+    kernel::get(Suite::Bookworm).map(drop)
 }
 
 /// The given executable if it has the gateway, otherwise the one of `cargo build`.

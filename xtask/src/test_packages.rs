@@ -73,9 +73,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     apt::install(test::NEEDS)?;
     let built = dist::directory(&arguments.profile);
     let kinds = if arguments.only.is_empty() { ALL.to_vec() } else { arguments.only.clone() };
-    for kind in kinds {
+    let trial = Trial { built: &built, target: arguments.target, profile: &arguments.profile };
+    let test = |kind: Kind| {
         let began = Instant::now();
-        let trial = Trial { built: &built, target: arguments.target, profile: &arguments.profile };
         let outcome = match kind {
             Kind::Archive => trial.archive(),
             Kind::Bootstrap => trial.bootstrap(),
@@ -83,8 +83,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         };
         outcome.with_context(|| format!("the installation from the {kind:?} failed"))?;
         say(&format!("{kind:?}: passed in {} s", began.elapsed().as_secs()));
-    }
-    Ok(())
+        Ok(())
+    };
+    // Each is a host of its own, and mostly waits.
+    let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
+        let tests: Vec<_> = kinds.into_iter().map(|kind| scope.spawn(move || test(kind))).collect();
+        let ended = tests.into_iter().map(|test| test.join().unwrap_or_else(|_| bail!("a thread has panicked")));
+        ended.collect()
+    });
+    let failed: Vec<_> = outcomes.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+    if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("; ")) }
 }
 
 struct Trial<'a> {
