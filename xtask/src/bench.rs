@@ -13,6 +13,7 @@ mod rivals;
 pub(crate) mod spent;
 pub(crate) mod statistics;
 mod supervise;
+mod targets;
 mod trace;
 mod upgrade;
 pub(crate) mod verdicts;
@@ -42,6 +43,8 @@ enum What {
     Leaks(leaks::Arguments),
     /// Upgrade the manager repeatedly: measure the time without a manager, check that sub-agents keep their processes
     Upgrade(upgrade::Arguments),
+    /// Show the sizes of what `dist` and `rpm` have built for each platform, and the memory of an idle host where it runs here
+    Targets,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -51,6 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Some(What::Install(arguments)) => install::run(arguments),
         Some(What::Leaks(arguments)) => leaks::run(arguments),
         Some(What::Upgrade(arguments)) => upgrade::run(arguments),
+        Some(What::Targets) => targets::run(),
     }
 }
 

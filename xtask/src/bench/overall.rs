@@ -18,9 +18,9 @@ use crate::processes;
 use crate::wait::try_for;
 
 /// Sub-agents that are killed once each: a second kill would measure the back-off.
-const SUB_AGENTS: usize = 20;
+pub(super) const SUB_AGENTS: usize = 20;
 /// The idle time before the roles' memory is read: about twenty heartbeats.
-const IDLE: Duration = Duration::from_secs(20);
+pub(super) const IDLE: Duration = Duration::from_secs(20);
 /// The size of the programs and libraries in the package that measures installation.
 const BULK_BYTES: u64 = 100 << 20;
 
@@ -154,7 +154,7 @@ fn megabytes(bytes: u64) -> f64 {
 }
 
 /// The process's proportional share of the memory that it maps.
-fn proportional_memory(pid: u32) -> Result<String> {
+pub(super) fn proportional_memory(pid: u32) -> Result<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).context("cannot read a process's memory")?;
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("PSS is missing")?;
     let kibibytes: u64 = line.trim().trim_end_matches("kB").trim().parse().context("PSS is a number")?;

@@ -49,7 +49,7 @@ impl Target {
     }
 
     /// Whether it is installed on hosts, and has a package.
-    pub(super) fn is_agent(self) -> bool {
+    pub(crate) fn is_agent(self) -> bool {
         self != Target::Gateway
     }
 
