@@ -103,7 +103,9 @@ that gateway), and with caCert (the path of a PEM file in the package) or pin
 (the SHA-256 fingerprint of its certificate or public key).
 
 To rotate a key, sign a release that contains the new key with the old key; when
-every host runs it, sign a release that revokes the old key with the new key.";
+every host runs it, sign a release that revokes the old key with the new key. A
+host that was away meanwhile rejects the second release until it runs the first:
+order that one for it by a rule in fleet.toml.";
 
 /// The arguments of `gateway publish`.
 #[derive(Debug, clap::Args)]

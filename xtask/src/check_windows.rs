@@ -6,7 +6,7 @@ use crate::apt;
 use crate::command::{self, say};
 use crate::toolchain::Toolchain;
 
-const TARGETS: &[&str] = &["x86_64-win7-windows-gnu", "i686-win7-windows-gnu"];
+const TARGETS: &[&str] = &["x86_64-pc-windows-gnu", "i686-pc-windows-gnu"];
 
 /// Some dependencies compile C code even for a type check.
 pub(crate) const NEEDS: &[apt::Need] =

@@ -83,28 +83,14 @@ const CHECKS: &[Check] = &[
         ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3", "--points", "10"])
     },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
-    background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
     background("windows", &["check-windows"]),
-    background("other-executables", OTHERS),
+    background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
     background("dependencies", &["deny"]),
     background("fuzz-targets", &["fuzz", "--seconds", "5"]),
 ];
 
-/// What is tested as it is handed out.
+/// The others take as long each, and are built by `full`.
 const BUILT: &[&str] = &["dist", "--target", "linux/amd64", "--target", "linux/amd64+gateway", "--profile", "ci"];
-/// They take long, so only `full` optimizes them.
-const OTHERS: &[&str] = &[
-    "dist",
-    "--target",
-    "linux/386",
-    "--target",
-    "windows/amd64",
-    "--target",
-    "windows/386",
-    "--profile",
-    "dev",
-    "--bare",
-];
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
 /// The same; static, with the gateway.

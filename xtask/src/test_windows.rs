@@ -12,8 +12,7 @@ use crate::command::{describe, is_root, say};
 use crate::toolchain::Toolchain;
 use crate::{apt, wine};
 
-/// Of the executable for hosts.
-const TARGET: &str = "x86_64-win7-windows-gnu";
+const TARGET: &str = "x86_64-pc-windows-gnu";
 /// Modules whose tests need no shell and nothing else that exists only on Unix.
 const TESTED: &[&str] = &[
     "cli::",

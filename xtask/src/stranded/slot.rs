@@ -102,6 +102,7 @@ impl Slot {
 
     /// One upgrade that nothing disturbs: its steps.
     pub(super) fn reference(&mut self, change: Change) -> Result<Vec<Step>> {
+        self.prepare(change)?;
         self.watch.arm(self.naming(change), None);
         self.begin(change)?;
         self.reached()?;
@@ -113,6 +114,7 @@ impl Slot {
 
     /// One upgrade, a process killed at the target, and all that must hold after it.
     pub(super) fn kill_at(&mut self, change: Change, target: &Target, usual: &BTreeSet<String>) -> Result<Outcome> {
+        self.prepare(change)?;
         self.watch.arm(self.naming(change), Some(target.clone()));
         let exit = self.begin(change)?;
         let killed = try_every(POLL, PATIENCE, || {
@@ -158,6 +160,11 @@ impl Slot {
         Naming { from, to, older }
     }
 
+    /// What is no step of the change.
+    fn prepare(&mut self, change: Change) -> Result<()> {
+        if change == Change::Install { self.revoke_order() } else { Ok(()) }
+    }
+
     /// Orders the other release; of an installation, its exit code.
     fn begin(&mut self, change: Change) -> Result<i32> {
         match change {
@@ -165,7 +172,6 @@ impl Slot {
             Change::Manager | Change::Install => self.manager = next(self.manager),
         }
         if change == Change::Install {
-            self.revoke_order()?;
             return self.install_ordered();
         }
         self.is_manager_ordered |= change == Change::Manager;
