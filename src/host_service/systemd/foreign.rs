@@ -40,7 +40,9 @@ pub fn find(home: &Home) -> Result<Vec<ForeignUnit>> {
         }
         let Some(text) = store::read(&file, MAX_UNIT_BYTES).ok().flatten() else { continue };
         let Ok(text) = String::from_utf8(text) else { continue };
-        if units::is_ours(&text) || !runs_program_in(&text, home.root()) {
+        // The path of the default home may lead through a link.
+        let is_of_home = [home.root(), &home.public_path()].into_iter().any(|root| runs_program_in(&text, root));
+        if units::is_ours(&text) || !is_of_home {
             continue;
         }
         let is_active = state(name.trim_end_matches(".service"))?.is_active();
