@@ -170,7 +170,11 @@ pub(super) fn set_aside(home: &Home, owner: BackupOwner, executable: &Path) -> R
     let stays = |path: &Path| !owner.has(home, path, executable);
     move_entries(home.root(), &aside_part(home), &stays, home)?;
     rename(&aside_part(home), &aside(home))?;
-    if owner == BackupOwner::Old { host_service::remove_foreign(&units(home)?) } else { Ok(()) }
+    match owner {
+        BackupOwner::Old => host_service::remove_foreign(&units(home)?),
+        // A record of an earlier take-over, which is over.
+        BackupOwner::Aops => store::remove(&units_record(home)),
+    }
 }
 
 /// Moves back what was set aside, with the recorded units, and removes what a new installation created instead. It can be repeated if it is

@@ -35,7 +35,8 @@ pub fn find(home: &Home) -> Result<Vec<ForeignUnit>> {
         let (file, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
         // A file in the first directory hides one of the same name in another; `/lib` may be a link to `/usr/lib`.
         let is_known = found.iter().any(|unit| unit.name == name);
-        if is_known || !name.ends_with(".service") || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+        let is_unit = name.ends_with(".service") && !name.ends_with("@.service");
+        if is_known || !is_unit || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
             continue;
         }
         let Some(text) = store::read(&file, MAX_UNIT_BYTES).ok().flatten() else { continue };
@@ -112,16 +113,17 @@ fn links(directory: &Path, name: &str) -> Vec<(PathBuf, PathBuf)> {
     links.filter_map(|link| Some((link.clone(), fs::read_link(&link).ok()?))).collect()
 }
 
-/// Whether a command of the unit has a word that is a path in `root`.
+/// Whether the unit's main program is in `root`, or the script that a shell runs as it. Other units that mention the home are not those of an
+/// agent: a back-up of it, for example.
 fn runs_program_in(text: &str, root: &Path) -> bool {
-    let inside = format!("{}/", root.display());
-    let mut commands = text.lines().map(str::trim).filter_map(|line| line.split_once('='));
-    commands.any(|(key, command)| {
-        key.starts_with("Exec")
-            && command.match_indices(&inside).any(|(at, _)| {
-                let before = command[..at].chars().next_back();
-                before.is_none_or(|before| before.is_whitespace() || "\"'-@:+!=".contains(before))
-            })
+    const SHELLS: [&str; 3] = ["sh", "bash", "dash"];
+    let commands = text.lines().map(str::trim).filter_map(|line| line.strip_prefix("ExecStart="));
+    let is_inside = |word: &str| Path::new(word.trim_matches(['"', '\''])).starts_with(root);
+    commands.into_iter().any(|command| {
+        let mut words = command.trim_start_matches(['-', '@', ':', '+', '!']).split_whitespace();
+        let Some(program) = words.next() else { return false };
+        let is_shell = Path::new(program).file_name().is_some_and(|name| SHELLS.iter().any(|shell| name == *shell));
+        is_inside(program) || (is_shell && words.next().is_some_and(is_inside))
     })
 }
 
@@ -136,7 +138,9 @@ mod tests {
             ("ExecStart=-/opt/aops/bin/aops-spm --config /opt/aops/etc/conf.yml", true),
             ("ExecStart=\"/opt/aops/bin/aops spm\"", true),
             ("ExecStart=/bin/bash /opt/aops/control start", true),
-            ("ExecStart=/usr/bin/env HOME=/opt/aops/ /bin/true", true),
+            ("ExecStart=/usr/bin/env HOME=/opt/aops/ /bin/true", false),
+            ("ExecStart=/usr/bin/rsync -a /opt/aops/ /backup", false),
+            ("ExecStartPre=/opt/aops/control status", false),
             ("ExecStart=/opt/aops2/bin/aops-spm", false),
             ("ExecStart=/srv/opt/aops/bin/aops-spm", false),
             ("EnvironmentFile=/opt/aops/etc/env", false),
