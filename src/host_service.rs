@@ -106,9 +106,15 @@ pub fn is_known(kind: ServiceManagerKind, home: &Home) -> bool {
     of!(kind, is_known(home))
 }
 
-/// The units that somebody else wrote for the programs in the home: those of the system that aops replaces.
-pub fn foreign_units(home: &Home) -> Result<Vec<ForeignUnit>> {
-    if systemd::runs() { systemd::foreign::find(home) } else { Ok(Vec::new()) }
+/// The units that somebody else wrote for the programs in the home: those of the system that aops replaces. Without a service manager
+/// (`kind`), those that run the home's `control` stay, because they start the home at boot.
+pub fn foreign_units(kind: ServiceManagerKind, home: &Home) -> Result<Vec<ForeignUnit>> {
+    if systemd::runs() { systemd::foreign::find(home, !kind.is_some()) } else { Ok(Vec::new()) }
+}
+
+/// Checks that foreign units can be set aside.
+pub fn can_set_foreign_aside(units: &[ForeignUnit]) -> Result<()> {
+    systemd::foreign::can_set_aside(units)
 }
 
 /// Stops foreign units; they stay enabled.
@@ -116,18 +122,23 @@ pub fn stop_foreign(units: &[ForeignUnit]) -> Result<()> {
     systemd::foreign::stop(units)
 }
 
-/// Removes foreign units, also if some are already gone.
+/// Sets foreign units aside, also if some are already.
+pub fn set_foreign_aside(units: &[ForeignUnit]) -> Result<()> {
+    systemd::foreign::set_aside(units)
+}
+
+/// Puts foreign units back, enabled as before; starts nothing.
+pub fn put_foreign_back(units: &[ForeignUnit]) -> Result<()> {
+    systemd::foreign::put_back(units)
+}
+
+/// Removes foreign units that were set aside.
 pub fn remove_foreign(units: &[ForeignUnit]) -> Result<()> {
     systemd::foreign::remove(units)
 }
 
-/// Puts removed foreign units back, enabled as before; starts nothing.
-pub fn put_back_foreign(units: &[ForeignUnit]) -> Result<()> {
-    systemd::foreign::put_back(units)
-}
-
-/// Starts the foreign units that were active or that start at boot; whether there were any.
-pub fn start_foreign(units: &[ForeignUnit]) -> Result<bool> {
+/// Starts the foreign units that were active.
+pub fn start_foreign(units: &[ForeignUnit]) -> Result<()> {
     systemd::foreign::start(units)
 }
 

@@ -99,8 +99,8 @@ pub struct InstallOptions {
     /// A minisign public key that packages must be signed with
     ///
     /// May be repeated. The installer that a gateway serves contains that
-    /// gateway's keys. Keys of an existing installation are kept. A key that a
-    /// release of the manager has revoked is trusted again if it is given here.
+    /// gateway's keys. Keys of an existing installation are kept; one of them
+    /// that was revoked is trusted again if it is given here.
     #[arg(long, value_name = "FILE")]
     pub trusted_key: Vec<PathBuf>,
 

@@ -95,7 +95,8 @@ hosts trust, once its release is committed:
 
   keys/NEW.pub            a minisign public key that hosts trust, too
   keys/revoked/OLD.pub    a key that hosts do not trust any more, unless an
-                          operator has put it into etc/keys of the host
+                          operator puts it into etc/keys of the host, or
+                          gives it again with --trusted-key
 
 It can also move hosts to another gateway, which they keep if the release passes
 its trial. For this, it contains etc/endpoint.toml with heartbeatSrv (the URL of

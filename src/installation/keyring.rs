@@ -324,7 +324,8 @@ impl Keyring {
         self.brought.iter().any(|entry| entry.key.is_same(key))
     }
 
-    fn is_revoked(&self, key: &Key) -> bool {
+    /// Whether a package has revoked this key.
+    pub fn is_revoked(&self, key: &Key) -> bool {
         self.revoked.iter().any(|entry| entry.key.is_same(key))
     }
 }

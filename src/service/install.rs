@@ -25,10 +25,10 @@ use super::undo::Undo;
 use super::{InstallOptions, ProcessContext, WRONG_USAGE, home_selection, legacy, progress, roles, switch, upgrade};
 use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
+use crate::host_service;
 use crate::installation::InstallRecord;
 use crate::installation::keyring::{self, Keyring};
 use crate::output::message;
-use crate::{host_service, store};
 
 /// The steps of an installation, in their order. Errors name them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,17 +150,18 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
 }
 
 /// Cleans up after a killed installation: if the new installation was incomplete, restores the previous one, else removes what it had set
-/// aside.
+/// aside. An old installation that was stopped is started: this one may fail before it stops it again.
 fn recover(home: &Home, executable: &Path) -> Result<()> {
-    let is_complete = || InstallRecord::load(home).ok().flatten().is_some();
-    if !legacy::is_any_aside(home) {
-        Ok(())
-    } else if !legacy::is_part_aside(home) && is_complete() {
-        store::remove_tree(&legacy::aside(home))
-    } else {
-        progress::say("restoring what an interrupted installation had set aside");
-        legacy::restore(home, executable)
+    let is_complete = InstallRecord::load(home).ok().flatten().is_some();
+    if is_complete && !legacy::is_part_aside(home) {
+        return legacy::remove_aside(home);
     }
+    if legacy::is_any_aside(home) {
+        progress::say("restoring what an interrupted installation had set aside");
+        legacy::restore(home, executable)?;
+    }
+    legacy::start_if_interrupted(home);
+    Ok(())
 }
 
 /// Replaces the existing installation, and rolls back on a failure.
@@ -170,7 +171,7 @@ fn replace(plan: &InstallPlan, fetched: &FetchedManager, install_root: &mut Inst
     let ring = plan.keeps().then(|| Keyring::load(&plan.home)).transpose().at(InstallStep::Fetch)?;
     let Err(failed) = carry_out(plan, fetched, install_root, &mut undo) else {
         // A replaced installation that cannot be removed does no harm.
-        if let Err(error) = store::remove_tree(&legacy::aside(&plan.home)) {
+        if let Err(error) = legacy::remove_aside(&plan.home) {
             progress::warn(format_args!("{error:#}"));
         }
         return Ok(());
@@ -208,7 +209,7 @@ fn carry_out(
     if plan.replaces_all() {
         progress::say("stopping the existing installation");
         match plan.existing {
-            ExistingInstallation::Old => legacy::stop(home),
+            ExistingInstallation::Old => legacy::stop(home, plan.kind),
             _ => roles::stop_all(home),
         }
         .and_then(|()| legacy::set_aside(home, plan.backup_owner(), &plan.executable))

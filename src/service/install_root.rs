@@ -157,8 +157,9 @@ fn sync(directory: &Path) -> Result<()> {
 pub(super) fn check_permissions(home: &Home) -> Result<()> {
     let work = home.install_work();
     let made = (home.install_journal(), ExpectedPath::File);
+    let stopped = (legacy::record_path(home), ExpectedPath::File);
     let script = legacy::script(home).map(|script| (script, ExpectedPath::File));
-    let also: Vec<_> = [(work, ExpectedPath::Directory), made].into_iter().chain(script).collect();
+    let also: Vec<_> = [(work, ExpectedPath::Directory), made, stopped].into_iter().chain(script).collect();
     permissions::install_paths(home, &also)
 }
 

@@ -9,10 +9,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
 use super::{leftovers, progress};
 use crate::command;
 use crate::config::import;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
 use crate::host_service::{self, ForeignUnit};
 use crate::{platform, store};
@@ -57,11 +59,32 @@ pub(super) fn script(home: &Home) -> Option<PathBuf> {
     (is_file && platform::is_executable(&control)).then_some(control)
 }
 
-/// Stops its units, then it with its own script, then the processes that still run from its directory. The units are recorded first.
-pub(super) fn stop(home: &Home) -> Result<()> {
-    let units = host_service::foreign_units(home).context("cannot find the units of the old installation")?;
-    store::save(&units_record(home), &units)?;
-    host_service::stop_foreign(&units)?;
+/// What a take-over has stopped, to start it again.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StopRecord {
+    units: Vec<ForeignUnit>,
+    /// Whether it also ran without its units.
+    ran_without_units: bool,
+}
+
+/// Stops its units, then it with its own script, then the processes that still run from its directory. What ran is recorded first. `kind`:
+/// the service manager of the new installation.
+pub(super) fn stop(home: &Home, kind: ServiceManagerKind) -> Result<()> {
+    let earlier = stop_record(home)?;
+    let units = host_service::foreign_units(kind, home).context("cannot find the units of the old installation")?;
+    let units: Vec<_> = units.into_iter().map(|unit| unit.or_active(&earlier.units)).collect();
+    let names: Vec<_> = units.iter().map(ForeignUnit::name).collect();
+    if !names.is_empty() {
+        progress::say(format_args!("stopping the units of the existing installation: {}", names.join(", ")));
+    }
+    let mut record = StopRecord { units, ran_without_units: earlier.ran_without_units };
+    store::save(&record_path(home), &record)?;
+    host_service::stop_foreign(&record.units)?;
+    if !record.ran_without_units && !leftovers::running_from(&home.bin()).is_empty() {
+        record.ran_without_units = true;
+        store::save(&record_path(home), &record)?;
+    }
     if has_control(home) {
         // If the script fails, its processes are stopped below.
         if let Err(error) = control(home, "stop") {
@@ -71,18 +94,34 @@ pub(super) fn stop(home: &Home) -> Result<()> {
     leftovers::stop_running_from(home.root()).context("cannot stop the old installation")
 }
 
-/// Restarts it after a failure: by its units if it has some.
+/// Restarts it after a failure: the units that were active, and with its own script what ran without them.
 pub(super) fn start(home: &Home) -> Result<()> {
-    if host_service::start_foreign(&units(home)?)? || !has_control(home) { Ok(()) } else { control(home, "start") }
+    let record = stop_record(home)?;
+    let by_units = host_service::start_foreign(&record.units);
+    let was_active = record.units.iter().any(ForeignUnit::is_active);
+    if has_control(home) && (record.ran_without_units || !was_active || by_units.is_err()) {
+        control(home, "start")?;
+    }
+    by_units
 }
 
-/// The units that were recorded when it was stopped.
-fn units(home: &Home) -> Result<Vec<ForeignUnit>> {
-    Ok(store::load(&units_record(home))?.unwrap_or_default())
+/// Restarts it if an interrupted take-over had stopped it.
+pub(super) fn start_if_interrupted(home: &Home) {
+    if record_path(home).symlink_metadata().is_err() {
+        return;
+    }
+    progress::say("starting the old installation, which an interrupted installation had stopped");
+    if let Err(error) = start(home) {
+        progress::warn(format_args!("cannot start it: {error:#}"));
+    }
 }
 
-fn units_record(home: &Home) -> PathBuf {
-    home.install_work().join("units.json")
+fn stop_record(home: &Home) -> Result<StopRecord> {
+    Ok(store::load(&record_path(home))?.unwrap_or_default())
+}
+
+pub(super) fn record_path(home: &Home) -> PathBuf {
+    home.install_work().join("stopped.json")
 }
 
 fn control(home: &Home, verb: &str) -> Result<()> {
@@ -116,9 +155,9 @@ fn is_directory(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir())
 }
 
-/// Whether a path is one of the directories for what is set aside, or the record of the units.
+/// Whether a path is one of the directories for what is set aside, or the record of what was stopped.
 pub(super) fn is_aside(home: &Home, path: &Path) -> bool {
-    path == aside(home) || path == aside_part(home) || path == units_record(home)
+    path == aside(home) || path == aside_part(home) || path == record_path(home)
 }
 
 /// The files that are set aside: those of which installation.
@@ -165,16 +204,19 @@ pub(super) fn can_set_aside(home: &Home, owner: BackupOwner, executable: &Path) 
     store::remove_tree(&blocker)
 }
 
-/// Moves the files of an installation that is replaced aside, and removes the recorded units.
+/// Moves the files of an installation that is replaced aside, with the recorded units.
 pub(super) fn set_aside(home: &Home, owner: BackupOwner, executable: &Path) -> Result<()> {
     let stays = |path: &Path| !owner.has(home, path, executable);
     move_entries(home.root(), &aside_part(home), &stays, home)?;
     rename(&aside_part(home), &aside(home))?;
-    match owner {
-        BackupOwner::Old => host_service::remove_foreign(&units(home)?),
-        // A record of an earlier take-over, which is over.
-        BackupOwner::Aops => store::remove(&units_record(home)),
-    }
+    host_service::set_foreign_aside(&stop_record(home)?.units)
+}
+
+/// Removes what was set aside: the new installation is complete.
+pub(super) fn remove_aside(home: &Home) -> Result<()> {
+    host_service::remove_foreign(&stop_record(home)?.units)?;
+    store::remove(&record_path(home))?;
+    store::remove_tree(&aside(home))
 }
 
 /// Moves back what was set aside, with the recorded units, and removes what a new installation created instead. It can be repeated if it is
@@ -194,7 +236,7 @@ pub(super) fn restore(home: &Home, executable: &Path) -> Result<()> {
         if is_part_aside(home) {
             // Once its programs are in place: they are started at a boot.
             move_entries(&aside_part(home), home.root(), &|_| false, home)?;
-            host_service::put_back_foreign(&units(home)?)?;
+            host_service::put_foreign_back(&stop_record(home)?.units)?;
             fs::remove_dir_all(aside_part(home))?;
         }
         Ok(())

@@ -244,6 +244,9 @@ fn check_feasible(plan: &InstallPlan) -> Result<()> {
         host_service::can_unregister(before, &plan.home)?;
     }
     host_service::can_register(plan.kind, &plan.home)?;
+    if plan.existing == ExistingInstallation::Old {
+        host_service::can_set_foreign_aside(&host_service::foreign_units(plan.kind, &plan.home)?)?;
+    }
     if plan.replaces_all() {
         legacy::can_set_aside(&plan.home, plan.backup_owner(), &plan.executable)?;
     }
@@ -375,6 +378,12 @@ fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool
         }
         false => Default::default(),
     };
+    for key in given.iter().filter(|key| ring.is_revoked(key)) {
+        progress::warn(format_args!(
+            "the key {} was revoked, and is trusted again because it is given with --trusted-key",
+            key.id()
+        ));
+    }
     let (ring, accepted) = ring.installed(&given, &carried, &etc);
     for key in carried.iter().filter(|key| !accepted.contains(key)) {
         progress::warn(format_args!("the key {} in this executable was revoked, and is not trusted", key.id()));

@@ -71,7 +71,12 @@ pub(super) fn drop_ins(unit: &str) -> PathBuf {
 pub(super) fn unwritable() -> Option<(PathBuf, std::io::Error)> {
     let directory = systemd_global_dir_path();
     let enabled = Some(directory.join("multi-user.target.wants")).filter(|enabled| enabled.is_dir());
-    [directory].into_iter().chain(enabled).find_map(|directory| {
+    first_unwritable([directory].into_iter().chain(enabled))
+}
+
+/// The first of these directories that is not writable, and why.
+pub(super) fn first_unwritable(directories: impl IntoIterator<Item = PathBuf>) -> Option<(PathBuf, std::io::Error)> {
+    directories.into_iter().find_map(|directory| {
         let tried = tempfile::Builder::new().prefix(crate::platform::TEMPORARY_PREFIX).tempfile_in(&directory);
         tried.err().map(|error| (directory, error))
     })

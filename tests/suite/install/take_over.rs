@@ -11,11 +11,21 @@ use crate::support::gateway::Gateway;
 use crate::support::host::SOON;
 use crate::support::inside::{DIRECTORY, Inside, PROGRAM, URL, done, wait_for_agents};
 use crate::support::package::Package;
-use crate::support::wait::{try_for, wait_for};
+use crate::support::wait::wait_for;
 
 const HOME: &str = "/opt/aops";
 const MANAGER_UNIT: &str = "/etc/systemd/system/aops-spm.service";
+/// A link to a file in the home, as `systemctl enable` makes of a path.
 const WATCHDOG_UNIT: &str = "/etc/systemd/system/aops-agent-watch.service";
+/// An operator's, which only mentions the home.
+const BACK_UP_UNIT: &str = "/etc/systemd/system/backup.service";
+/// It would have our manager's unit run as somebody else.
+const DROP_IN: &str = "/etc/systemd/system/aops-spm.service.d/user.conf";
+
+/// What is left with `aops` in its name: the units of a home, enabled.
+const OURS: &str = "/etc/systemd/system/aops-agents.service\n/etc/systemd/system/aops-spa.service\n\
+    /etc/systemd/system/aops-spm.service\n/etc/systemd/system/multi-user.target.wants/aops-spa.service\n\
+    /etc/systemd/system/multi-user.target.wants/aops-spm.service\nenabled\n";
 
 /// As a library for services in Go writes it.
 fn unit(program: &str, script: &str) -> String {
@@ -66,9 +76,18 @@ fn old_installation(container: &Container) {
             for agent in monitor deploy; do cp /bin/sleep agents/$agent/bin/$agent; done"
         ),
     );
-    container.write(MANAGER_UNIT, unit("aops-spm", "spm.sh"), 0o644);
-    container.write(WATCHDOG_UNIT, unit("aops-spa", "spa.sh"), 0o644);
-    done(container, "systemctl daemon-reload; systemctl enable --now aops-spm aops-agent-watch");
+    container.write(MANAGER_UNIT, unit("aops-spm", "spm.sh"), 0o600);
+    container.write(DROP_IN, "[Service]\nGroup=games\n", 0o644);
+    container.write(format!("{HOME}/lib/aops-agent-watch.service"), unit("aops-spa", "spa.sh"), 0o644);
+    let back_up =
+        format!("[Service]\nExecStart=/bin/cp -r {HOME}/etc /var/tmp\n[Install]\nWantedBy=multi-user.target\n");
+    container.write(BACK_UP_UNIT, back_up, 0o644);
+    done(
+        container,
+        &format!(
+            "systemctl daemon-reload; systemctl enable --now aops-spm {HOME}/lib/aops-agent-watch.service; systemctl enable backup"
+        ),
+    );
     runs_as_before(container);
 }
 
@@ -119,8 +138,8 @@ fn an_old_installation_under_systemd_is_taken_over_or_runs_as_before() {
         };
         let state = || {
             let list = format!(
-                "cd {HOME}; find . -not -path './var*' -not -name pid -not -path './run*' | sort; cat {MANAGER_UNIT} {WATCHDOG_UNIT}; \
-                 find /etc/systemd/system -name '*aops*' | sort"
+                "cd {HOME}; find . -not -path './var*' -not -name pid -not -path './run*' | sort; cat {MANAGER_UNIT} {WATCHDOG_UNIT} {DROP_IN}; \
+                 find /etc/systemd/system -name '*aops*' -printf '%p %m %l\\n' | sort"
             );
             done(&container, &list).stdout
         };
@@ -134,11 +153,29 @@ fn an_old_installation_under_systemd_is_taken_over_or_runs_as_before() {
         done(&container, "systemctl kill --kill-who=main --signal=KILL aops-spm");
         wait_for("its restart", SOON, || old_processes(&container).get(manager).filter(|new| *new != pid).copied());
 
+        // An installer that is killed leaves it stopped. The next one starts it, although it then fails before it stops anything.
+        let kill = format!(
+            "cd {HOME}; cp control /tmp/control; sed -i 's/^stop)/stop) kill -KILL $PPID; exit ;;\\nnever)/' control"
+        );
+        done(&container, &kill);
+        assert!(!install("1.0.0").success());
+        assert!(!old_processes(&container).keys().any(|words| words.contains("/lib/sp")));
+        done(&container, &format!("cp /tmp/control {HOME}/control"));
+        let refused = install("7.0.0").expect_code(1);
+        assert!(
+            refused.stderr.contains("starting the old installation") && refused.stderr.contains("nothing was changed"),
+            "{refused}"
+        );
+        runs_as_before(&container);
+
         let output = install("1.0.0");
         assert!(output.text().contains("cpuLimit"), "{output}");
         output.expect_success();
         assert_eq!(old_processes(&container), BTreeMap::new());
-        assert!(!container.path(WATCHDOG_UNIT).exists());
+        let units =
+            done(&container, "find /etc/systemd/system -name '*aops*' | sort; systemctl is-enabled backup").stdout;
+        assert_eq!(units, OURS, "the others are gone, with drop-ins and links; the operator's stays");
+        assert!(done(&container, &format!("cat {MANAGER_UNIT}")).stdout.starts_with("# Written by `aops install`"));
         let shown =
             "systemctl is-active aops-spm aops-spa; systemctl is-enabled aops-spm aops-spa; cat /opt/aops/etc/agent-id";
         assert_eq!(done(&container, shown).stdout, "active\nactive\nenabled\nenabled\n5402204854438\n");
@@ -155,5 +192,7 @@ fn an_old_installation_under_systemd_is_taken_over_or_runs_as_before() {
     }
     container.reboot();
     wait_for_agents(&container, &["monitor", "deploy"]);
-    assert_eq!(try_for(SOON / 4, || (!old_processes(&container).is_empty()).then_some(())), None);
+    let shown =
+        "systemctl is-active aops-spm aops-spa; systemctl list-units --all --plain --no-legend 'aops-agent-watch*'";
+    assert_eq!(done(&container, shown).stdout, "active\nactive\n");
 }

@@ -117,7 +117,7 @@ fn a_fleet_follows_packages_signed_offline_and_a_rotation_of_the_key() {
 
     // A host that was away does not know the new key. It keeps what it has, says so, and follows by way of the release between.
     away.control(&["start"]).expect_success();
-    let status = away.wait_for_status("the host that was away to refuse it", SOON, |status| {
+    let status = away.wait_for_status("the host that was away to refuse it", ENDED, |status| {
         status["problems"].to_string().contains("not trusted") || status["agents"].to_string().contains("not trusted")
     });
     assert_eq!((&status["version"], &status["agents"][0]["version"]), (&"1.0.0".into(), &"1.0".into()), "{status:#}");
@@ -138,7 +138,7 @@ fn a_fleet_follows_packages_signed_offline_and_a_rotation_of_the_key() {
     old.carry(&hello("3.0"), &gateway).expect_success();
     order(&gateway, "1.2.0", "3.0", "");
     for host in &hosts {
-        let status = host.wait_for_status("the host to refuse it", SOON, |status| {
+        let status = host.wait_for_status("the host to refuse it", ENDED, |status| {
             status["agents"][0]["lastError"].to_string().contains("was revoked by aops-spm 1.2.0")
         });
         assert_eq!(status["agents"][0]["version"], "2.0", "{status:#}");
