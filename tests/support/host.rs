@@ -18,6 +18,8 @@ use super::wait::{try_for, wait_for};
 
 /// The deadline for a start, or for a failure to be noticed and fixed, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
+/// From a fork to the program of the child, on a busy machine.
+pub const FORKING: Duration = Duration::from_secs(5);
 
 /// A host; dropping it kills every process of its home and removes its files.
 #[derive(Debug)]

@@ -76,7 +76,7 @@ const CHECKS: &[Check] = &[
     Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("demo", Program::Task, &["demo"]) },
     Check {
         shared: &["--executable", BUILT_BY_SCENARIOS],
-        ..foreground("stranded", Program::Task, &["stranded", "--sample", "16", "--homes", "8"])
+        ..foreground("stranded", Program::Task, &["stranded", "--sample", "24", "--homes", "8"])
     },
     Check {
         shared: &["--executable", BUILT_BY_EXECUTABLES],

@@ -44,9 +44,6 @@ pub(crate) struct Arguments {
     /// The profile to build with; what is handed out is built with `release`
     #[arg(long, value_name = "NAME", default_value = RELEASE)]
     profile: String,
-    /// Only build and check the executables; pack and sign nothing
-    #[arg(long)]
-    bare: bool,
     /// The minisign key to sign with; its password is read from MINISIGN_PASSWORD
     /// [default: a throw-away key below target/xtask]
     #[arg(long, value_name = "FILE", verbatim_doc_comment)]
@@ -59,8 +56,6 @@ pub(crate) struct Arguments {
 
 /// The profile of what is handed out.
 pub(crate) const RELEASE: &str = "release";
-/// The profile that is built fastest. Its executables have symbols.
-const DEV: &str = "dev";
 /// The version of this workspace.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -86,12 +81,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         workspace::remove(&directory)?;
     }
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    if arguments.bare {
-        return targets.into_iter().try_for_each(|target| {
-            let built = build(target, &arguments.profile)?;
-            put(&built, &directory.join(target.executable()))
-        });
-    }
     let gateway = arguments.executable.clone().map_or_else(gateway, Ok)?;
     let signing = Signing::begin(arguments.key.as_deref(), &gateway)?;
     signing.write_public_key(&directory.join("aops.pub"))?;
@@ -122,9 +111,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 pub(crate) fn build(target: Target, profile: &str) -> Result<PathBuf> {
     apt::install(NEEDS)?;
     let triple = target.triple();
-    let toolchain = Toolchain::for_target(triple)?;
-    let mut build =
-        if profile == DEV { toolchain.cargo_for_tests("build", triple) } else { toolchain.cargo("build", triple) };
+    let mut build = Toolchain::for_target(triple)?.cargo("build", triple);
     build.args(["--profile", profile, "-p", "aops"]);
     if target.is_agent() {
         build.arg("--no-default-features");
@@ -135,15 +122,13 @@ pub(crate) fn build(target: Target, profile: &str) -> Result<PathBuf> {
     }
     command::run(&mut build)?;
     let name = format!("aops{}", target.suffix());
-    let directory = if profile == DEV { "debug" } else { profile };
-    let built = workspace::cache_path("build").join(triple).join(directory).join(name);
+    let built = workspace::cache_path("build").join(triple).join(profile).join(name);
     let (_, arch) = target.words();
     let checked = if target.is_windows() {
         pe::check(&built, arch)
     } else {
         let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
-        let symbols = || if profile == DEV { Ok(()) } else { elf::check_stripped(&bytes, arch) };
-        elf::check(&bytes, arch).and_then(|()| symbols()).and_then(|()| runs(&built))
+        elf::check(&bytes, arch).and_then(|()| runs(&built))
     };
     checked.with_context(|| format!("{} does not run on old hosts", built.display()))?;
     Ok(built)

@@ -6,7 +6,7 @@
 //! scenarios     a few bad releases, short chaos     every bad release, every shortage of space, minutes of chaos
 //! unit tests    256 cases for each property         20,000
 //! fuzz          seconds for each parser             minutes
-//! stranded      16 kills at steps drawn by a seed    each step of an upgrade, alone and together
+//! stranded      24 kills at steps drawn by a seed    each step of an upgrade, alone and together
 //! durability    -                                   whole, with a release build
 //! power-cut     3 cuts, 10 points                   100 cuts, 20 jumps of the clock, 300 points; other kernels and file systems
 //! dist, rpm     two executables, one architecture    every platform, installed and upgraded on both architectures and in virtual machines

@@ -91,6 +91,8 @@ pub(crate) fn build(target: Target, profile: &str, version: &str, executable: &P
     };
     let shown = content.executable.display();
     ensure!(content.executable.is_file(), "{shown} is missing: run `cargo xtask dist` first");
+    let manual = built.join("man");
+    ensure!(manual.is_dir(), "{} is missing: run `cargo xtask dist` first", manual.display());
     for package in [content.rpm(output)?, deb::build(&content, output)?] {
         say(&format!("{}: {} bytes", package.display(), package.metadata()?.len()));
     }

@@ -65,7 +65,7 @@ pub(crate) struct Arguments {
     /// Whose kernel and systemd the machines have
     #[arg(long, value_enum, default_value_t = Suite::Bookworm)]
     suite: Suite,
-    /// Install the Debian package instead, with what `dist` has built; no points
+    /// Install the Debian package instead, with the documents of `dist`, which was run before; no points
     #[arg(long)]
     deb: bool,
     /// The executable to install [default: the static one of `dist` is built]

@@ -3,7 +3,7 @@
 //! With `--target`, the tests and the program are built as static executables for that platform. With `--old-kernel`, both run as on a host
 //! with Linux 3.10.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,8 +18,8 @@ pub(crate) struct Arguments {
     /// Build the tests and the program as static executables for this platform [default: for this machine]
     #[arg(long, value_enum)]
     target: Option<Target>,
-    /// Fail each system call that is newer than Linux 3.10, and hide cgroup v2; runs the scenarios of installation, supervision and upgrades
-    /// unless a filter is given
+    /// Fail each system call that is newer than Linux 3.10, and hide cgroup v2; without further arguments, runs the scenarios of
+    /// installation, supervision and upgrades
     #[arg(long, requires = "target")]
     old_kernel: bool,
     /// Passed on to `cargo test`: a filter, then `--` and options of the test programs
@@ -58,8 +58,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     };
     command.args(&arguments.rest);
     if arguments.old_kernel {
-        let is_filtered = arguments.rest.iter().any(|word| word == "--");
-        command.args(if is_filtered { vec![] } else { [&["--test", "suite", "--"], OLD_KERNEL_SCENARIOS].concat() });
+        if arguments.rest.is_empty() {
+            command.args(["--test", "suite", "--"]).args(OLD_KERNEL_SCENARIOS);
+        } else if !arguments.rest.iter().any(|word| word == "--") {
+            command.arg("--");
+        }
         command.args(NEWER_KERNEL_SCENARIOS.iter().flat_map(|name| ["--skip", name]));
     }
     command.env("AOPS_TEST_ROOTFS", rootfs);
@@ -109,6 +112,11 @@ fn command_for(target: Target, old_kernel: bool) -> Result<Command> {
     let mut command = Toolchain::for_target(triple)?.cargo_for_tests("test", triple);
     command.args(["-p", "aops"]);
     if old_kernel {
+        ensure!(
+            Path::new("/sys/fs/cgroup/systemd").is_dir(),
+            "cannot hide cgroup v2 from containers: this machine has no cgroup v1 hierarchy of systemd; mount one with `mount -t cgroup -o \
+             none,name=systemd systemd /sys/fs/cgroup/systemd`"
+        );
         let runner = format!("CARGO_TARGET_{}_RUNNER", triple.replace('-', "_").to_uppercase());
         command.env(runner, launcher()?);
     }

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::support::aops;
 use crate::support::command::Output;
 use crate::support::container::Container;
-use crate::support::host::{SOON, agent, pid};
+use crate::support::host::{FORKING, SOON, agent, pid};
 use crate::support::package::Package;
 use crate::support::wait::{try_for, wait_for};
 
@@ -355,8 +355,8 @@ fn of_home(container: &Container) -> Vec<(u32, String)> {
 
 #[track_caller]
 fn one_of_each(container: &Container) {
-    // For a moment a child that a role has forked still has its command line.
-    let single = try_for(SOON, || (of_home(container).len() == 4).then_some(()));
+    // Until it executes its program, a child that a role has forked has the role's command line.
+    let single = try_for(FORKING, || (of_home(container).len() == 4).then_some(()));
     assert!(single.is_some(), "{:?}\n{}", of_home(container), evidence(container));
 }
 

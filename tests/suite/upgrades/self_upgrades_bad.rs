@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::support::host::SOON;
+use crate::support::host::{FORKING, SOON};
 use crate::support::package::Package;
 use crate::support::release;
 use crate::support::wait::{try_for, wait_for};
@@ -43,8 +43,8 @@ fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
         });
         found
     };
-    // For a moment a child that a role has forked still has its command line.
-    assert!(try_for(SOON, || left().is_empty().then_some(())).is_some(), "{name}: {:?}", left());
+    // Until it executes its program, a child that a role has forked has the role's command line.
+    assert!(try_for(FORKING, || left().is_empty().then_some(())).is_some(), "{name}: {:?}", left());
 }
 
 /// The path of a good program, quoted for a shell.
