@@ -320,12 +320,20 @@ fn a_large_batch_of_upgrades_has_few_sub_agents_down_at_the_same_time() {
             agents.iter().filter(as_wanted).count() == AGENTS
         })
     };
+    // A script is "running" before it has executed its first line.
+    let noted = |lines: usize| {
+        wait_for(&format!("{lines} lines of the scripts"), SOON * 4, || {
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            (text.lines().count() >= lines).then_some(text)
+        })
+    };
     run_all("1.0");
+    noted(AGENTS);
     fs::write(&log, "").expect("it can be written");
     gateway.want(&wanted("2.0"));
     run_all("2.0");
     let mut times: Vec<(u128, i64)> = Vec::new();
-    for line in fs::read_to_string(&log).expect("it was written").lines() {
+    for line in noted(2 * AGENTS).lines() {
         let mut words = line.split(' ');
         let at = words.next().and_then(|at| at.parse().ok()).expect("a time");
         times.push((at, if words.next() == Some("down") { 1 } else { -1 }));
