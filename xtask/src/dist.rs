@@ -32,7 +32,7 @@ use sha2::{Digest as _, Sha256};
 
 use self::sign::Signing;
 pub(crate) use self::target::Target;
-use crate::command::{self, cargo, read, run_quietly, say};
+use crate::command::{self, cargo, is_root, read, run_quietly, say};
 use crate::toolchain::Toolchain;
 use crate::{apt, workspace};
 
@@ -134,13 +134,27 @@ pub(crate) fn build(target: Target, profile: &str) -> Result<PathBuf> {
     Ok(built)
 }
 
-/// Runs it as on a minimal host: no environment, no other program. With a backtrace, an error uses the unwinder, which was assembled by
-/// hand.
+/// Runs it as on a minimal host: no environment but a search path, and for root, no other file. With a backtrace, an error uses the unwinder, which was
+/// assembled by hand.
 fn runs(executable: &Path) -> Result<()> {
-    let said = read(Command::new(executable).arg("--version").env_clear().current_dir("/"))?;
+    let root = tempfile::tempdir().context("cannot create a temporary directory")?;
+    put(executable, &root.path().join("aops"))?;
+    let alone = || {
+        let mut command = if is_root() {
+            let mut command = Command::new("chroot");
+            command.arg(root.path()).arg("/aops");
+            command
+        } else {
+            Command::new(executable)
+        };
+        // Where `chroot` is found.
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir("/");
+        command
+    };
+    let said = read(alone().arg("--version"))?;
     ensure!(said == format!("aops {VERSION}"), "--version prints {said:?}");
-    let mut command = Command::new(executable);
-    command.args(["spm", "--home", "/nonexistent"]).env_clear().env("RUST_BACKTRACE", "full");
+    let mut command = alone();
+    command.args(["spm", "--home", "/nonexistent"]).env("RUST_BACKTRACE", "full");
     let output = command.output().with_context(|| format!("cannot run {}", executable.display()))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(
