@@ -4,9 +4,10 @@ use anyhow::Result;
 
 use crate::apt;
 use crate::command::{self, say};
+use crate::dist::Target;
 use crate::toolchain::Toolchain;
 
-const TARGETS: &[&str] = &["x86_64-pc-windows-gnu", "i686-pc-windows-gnu"];
+const TARGETS: [Target; 2] = [Target::WindowsAmd64, Target::Windows386];
 
 /// Some dependencies compile C code even for a type check.
 pub(crate) const NEEDS: &[apt::Need] =
@@ -14,7 +15,7 @@ pub(crate) const NEEDS: &[apt::Need] =
 
 pub(crate) fn run() -> Result<()> {
     apt::install(NEEDS)?;
-    for target in TARGETS {
+    for target in TARGETS.map(Target::triple) {
         let toolchain = Toolchain::for_target(target)?;
         for features in [&[][..], &["--no-default-features"]] {
             say(&format!("checking for {target} {}", features.join(" ")));

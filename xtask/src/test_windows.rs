@@ -9,10 +9,12 @@ use std::process::Stdio;
 use anyhow::{Context, Result, bail};
 
 use crate::command::{describe, is_root, say};
+use crate::dist::Target;
 use crate::toolchain::Toolchain;
-use crate::{apt, wine};
+use crate::{apt, check_windows, wine};
 
-const TARGET: &str = "x86_64-pc-windows-gnu";
+/// The one that is handed out.
+const TARGET: Target = Target::WindowsAmd64;
 /// Modules whose tests need no shell and nothing else that exists only on Unix.
 const TESTED: &[&str] = &[
     "cli::",
@@ -59,8 +61,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !is_root() {
         bail!("cannot run Wine in its root file system without root: run the task with sudo");
     }
-    apt::install(wine::NEEDS)?;
-    let toolchain = Toolchain::for_target(TARGET)?;
+    apt::install(&[wine::NEEDS, check_windows::NEEDS].concat())?;
+    let toolchain = Toolchain::for_target(TARGET.triple())?;
     // Both take minutes the first time: one waits for the network, the other for the processors.
     let (root, program) = std::thread::scope(|scope| {
         let root = scope.spawn(wine::get);
@@ -89,12 +91,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// Builds the test program of the executable without the gateway, and returns its path.
 fn build(toolchain: &Toolchain) -> Result<PathBuf> {
-    let mut cargo = toolchain.cargo_for_tests("test", TARGET);
+    let mut cargo = toolchain.cargo_for_tests("test", TARGET.triple());
     cargo.args(["-p", "aops", "--bin", "aops", "--no-default-features", "--no-run", "--message-format=json"]);
     say(&format!("$ {}", describe(&cargo)));
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     if !output.status.success() {
-        bail!("cannot build the tests for {TARGET}: {}", output.status);
+        bail!("cannot build the tests for {}: {}", TARGET.triple(), output.status);
     }
     let messages = String::from_utf8_lossy(&output.stdout);
     let executable = |line: &str| {

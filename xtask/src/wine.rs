@@ -4,46 +4,32 @@
 //! that root in its own namespaces (mounts, processes, a network with loopback only). When the run ends, the kernel ends its processes and
 //! drops its files.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::command::{run_quietly, say, text};
 use crate::rootfs::SUITE;
 use crate::{apt, workspace};
 
 /// The programs that this needs.
-pub(crate) const NEEDS: &[apt::Need] = &[
-    ("debootstrap", "debootstrap"),
-    ("unshare", "util-linux"),
-    ("ip", "iproute2"),
-    ("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64-posix"),
-];
+pub(crate) const NEEDS: &[apt::Need] = &[("debootstrap", "debootstrap"), ("unshare", "util-linux"), ("ip", "iproute2")];
 
-/// Wine 8 lacks this library, of which Rust's standard library needs one function. For tests only.
-const BCRYPT_PRIMITIVES: &str = "\
-__declspec(dllimport) unsigned char __stdcall SystemFunction036(void *bytes, unsigned long length);
-__declspec(dllexport) int __stdcall ProcessPrng(unsigned char *bytes, unsigned long long length)
-{
-    return SystemFunction036(bytes, (unsigned long)length);
-}
-";
-
-/// Debian does not install it in `PATH`.
-const WINE: &str = "/usr/lib/wine/wine64";
+/// Debian's loader of both widths; its `wine` in `PATH` is a script around it.
+const WINE: &str = "/usr/lib/wine/wine";
 
 /// The root file system, created if it does not exist. Needs root.
 pub(crate) fn get() -> Result<PathBuf> {
-    workspace::cached(&format!("rootfs-wine-{SUITE}"), |unfinished| {
+    workspace::cached(&format!("rootfs-wine-{SUITE}-2"), |unfinished| {
         let mirror = apt::mirror()?;
-        say("creating the root file system with Wine (once; 900 MB, about two minutes)");
-        run_quietly(
-            Command::new("debootstrap")
-                .args(["--variant=minbase", "--include=wine64", SUITE])
-                .args([text(unfinished), mirror]),
-        )?;
+        say("creating the root file system with Wine (once; 1.3 GB, about three minutes)");
+        run_quietly(Command::new("debootstrap").args(["--variant=minbase", SUITE]).args([text(unfinished), mirror]))?;
+        let inside = "mount -t proc proc /proc && dpkg --add-architecture i386 && apt-get update -q && \
+                      DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends wine wine64 wine32:i386";
+        let mut install = Command::new("unshare");
+        install.args(["--mount", "--pid", "--fork", "--kill-child", "chroot"]).arg(unfinished);
+        run_quietly(install.args(["sh", "-c", inside]))?;
         for dispensable in ["var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man"]
         {
             workspace::remove(&unfinished.join(dispensable))?;
@@ -54,14 +40,8 @@ pub(crate) fn get() -> Result<PathBuf> {
 
 /// Does once what Wine would do at its first start in each run.
 fn set_up_prefix(root: &Path) -> Result<()> {
-    let script = format!("{WINE} wineboot -i && /usr/lib/wine/wineserver64 -w");
-    run_quietly(enter(root, root, "writable").args(["sh", "-c", &script]))?;
-    let source = root.join("bcryptprimitives.c");
-    fs::write(&source, BCRYPT_PRIMITIVES).context("cannot write the source of a library")?;
-    let library = root.join("root/.wine/drive_c/windows/system32/bcryptprimitives.dll");
-    let mut compiler = Command::new("x86_64-w64-mingw32-gcc");
-    compiler.args(["-shared", "-nostdlib", "-e", "0", "-o"]).args([&library, &source]).arg("-ladvapi32");
-    run_quietly(&mut compiler)
+    let script = format!("{WINE} wineboot -i && /usr/lib/wine/wineserver -w");
+    run_quietly(enter(root, root, "writable").args(["sh", "-c", &script]))
 }
 
 /// A command that runs `program` (a file of `directory`) under Wine. After `seconds` it is killed with every process that it started.
