@@ -121,6 +121,16 @@ impl Home {
         self.bin().join(format!("{role}{}", std::env::consts::EXE_SUFFIX))
     }
 
+    /// The program that a role runs, and the subcommand for it. Where a link does not follow a replaced file, the manager runs the executable
+    /// itself, so that one replacement switches it to another release.
+    pub fn role_program(&self, role: Role) -> (PathBuf, Option<&'static str>) {
+        if role == Role::Spm && !platform::LINKS_FOLLOW {
+            (self.executable(), Some(role.name()))
+        } else {
+            (self.role_link(role.program()), None)
+        }
+    }
+
     /// `<home>/control`, the path that operators know from the old system.
     pub fn control_link(&self) -> PathBuf {
         self.root.join(format!("control{}", std::env::consts::EXE_SUFFIX))

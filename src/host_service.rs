@@ -4,7 +4,7 @@
 //! file of the given kind; code outside never branches on the kind. Whether a home is registered, and with which kind, is stored in its
 //! `state/install.json`.
 
-use std::process::Child;
+use std::process::{Child, ExitCode};
 
 use anyhow::Result;
 
@@ -14,6 +14,7 @@ use crate::home::Home;
 
 mod none;
 pub mod product;
+mod scm;
 mod systemd;
 
 pub use none::stop_watchdog;
@@ -24,6 +25,7 @@ macro_rules! of {
     ($kind:expr, $name:ident($($argument:expr),*)) => {
         match $kind {
             ServiceManagerKind::Systemd => systemd::$name($($argument),*),
+            ServiceManagerKind::Scm => scm::$name($($argument),*),
             ServiceManagerKind::None => none::$name($($argument),*),
         }
     };
@@ -31,7 +33,13 @@ macro_rules! of {
 
 /// The service manager that runs on this host.
 pub fn detect() -> ServiceManagerKind {
-    if systemd::runs() { ServiceManagerKind::Systemd } else { ServiceManagerKind::None }
+    if systemd::runs() {
+        ServiceManagerKind::Systemd
+    } else if scm::runs() {
+        ServiceManagerKind::Scm
+    } else {
+        ServiceManagerKind::None
+    }
 }
 
 /// The service manager that runs on this host, if the home is registered with it.
@@ -43,6 +51,31 @@ pub fn registered_with(home: &Home) -> ServiceManagerKind {
 /// The service manager with which the home is registered, whether or not that one runs now.
 pub fn find_registration(home: &Home) -> Option<ServiceManagerKind> {
     ServiceManagerKind::ALL.iter().copied().find(|kind| is_registered(*kind, home))
+}
+
+/// Runs a role in the way in which its service manager starts it. A service manager that tells the process itself to stop makes it call
+/// `on_stop`, in another thread, before the role is asked to exit.
+pub fn run(
+    kind: ServiceManagerKind,
+    home: &Home,
+    role: Role,
+    on_stop: impl FnOnce() + Send + 'static,
+    main: impl FnOnce() -> Result<ExitCode> + Send + 'static,
+) -> Result<ExitCode> {
+    if kind != ServiceManagerKind::Scm {
+        return main();
+    }
+    scm::run(home, role, on_stop, || {
+        main().unwrap_or_else(|error| {
+            tracing::error!(error = format!("{error:#}"), "the role has failed");
+            ExitCode::FAILURE
+        })
+    })
+}
+
+/// Whether a role that the service manager started may continue as another program: the process that it watches stays the same.
+pub fn can_replace_program(kind: ServiceManagerKind) -> bool {
+    kind != ServiceManagerKind::Scm
 }
 
 /// Checks that the roles of this home can be registered.

@@ -49,7 +49,7 @@ pub fn restart(home: &Home) -> Result<()> {
 
 /// Checks that the roles' executables are safe to start.
 fn check_executables(home: &Home) -> Result<()> {
-    Role::BOTH.iter().try_for_each(|role| permissions::executable(home, &home.role_link(role.program())))
+    Role::BOTH.iter().try_for_each(|role| permissions::executable(home, &home.role_program(*role).0))
 }
 
 /// Stops every sub-agent, then both roles. Returns the problems that were worked around.
@@ -93,9 +93,10 @@ fn stop_all(home: &Home) -> Result<Vec<String>> {
     Ok(remarks)
 }
 
-/// Kills a manager that does not answer.
+/// Kills a manager that does not answer, unless it is this process.
 pub fn kill_manager(home: &Home) -> Result<()> {
-    role::current_holder(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
+    let manager = role::current_holder(home, Role::Spm).filter(|manager| manager.pid != std::process::id());
+    manager.map_or(Ok(()), |manager| manager.kill())
 }
 
 /// Waits until no process has a role; returns whether one had to be killed. The holder was asked to exit before.

@@ -37,6 +37,7 @@ mod uplink;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    platform::begin();
     if let Some(code) = platform::errand() {
         return code;
     }

@@ -444,7 +444,7 @@ impl VerifiedTree {
             // After the directory of releases was created: its name is synced, too.
             platform::sync_tree(self.path())
                 .map_err(|error| fetch::unwritable(error, self.path().parent().unwrap_or(self.path())))?;
-            fs::rename(self.path(), to).with_context(|| {
+            platform::rename(self.path(), to).with_context(|| {
                 format!("cannot rename {} (both paths must be on one file system)", self.path().display())
             })?;
             platform::sync_directory(parent)?;

@@ -2,6 +2,7 @@
 //! `cfg(windows)` and `unsafe`.
 #![allow(unsafe_code, reason = "system interfaces are called only here")]
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,6 +34,40 @@ pub struct Launch {
     pub output: File,
     /// The cgroup or Job Object that holds its process tree.
     pub group: Option<Group>,
+}
+
+/// A service of Windows, as it is registered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceDefinition {
+    pub name: String,
+    pub display_name: String,
+    pub description: String,
+    pub program: PathBuf,
+    pub arguments: Vec<OsString>,
+    /// How long a stop before the shutdown of the host may take.
+    pub stop_timeout: Duration,
+}
+
+/// What a service of Windows does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(unix, allow(dead_code, reason = "there are none"))]
+pub enum ServiceRun {
+    Running,
+    /// It is starting or stopping.
+    Changing,
+    /// It was stopped on purpose, or not started yet.
+    Stopped,
+    /// It exited without a stop.
+    Failed,
+}
+
+/// The state of a service of Windows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServiceState {
+    pub run: ServiceRun,
+    pub pid: Option<u32>,
+    /// An operator disabled it.
+    pub is_disabled: bool,
 }
 
 /// A client that connected to the control socket.

@@ -13,10 +13,12 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::core::manifest::StopSignal;
+use crate::core::model::Digest;
 use crate::core::role::Role;
 use crate::core::status::RoleStatus;
 use crate::home::Home;
-use crate::installation::{self, permissions};
+use crate::installation::upgrade::Programs;
+use crate::installation::{self, executable, permissions};
 use crate::lock::{self, LockGuard};
 use crate::{platform, process, store};
 
@@ -59,10 +61,12 @@ const KEPT_VARIABLES: &[&str] = &[
 ///
 /// An executable that other users can change is not started.
 pub fn spawn(home: &Home, role: Role) -> Result<Child> {
-    let program = home.role_link(role.program());
+    let (program, subcommand) = home.role_program(role);
+    executable::complete_replacements(home);
     permissions::executable(home, &program).with_context(|| format!("cannot start {}", program.display()))?;
     let mut command = Command::new(&program);
     command
+        .args(subcommand)
         .arg("--home")
         .arg(home.public_path())
         .current_dir("/")
@@ -98,6 +102,9 @@ pub struct RoleHolder {
     pub restarts: u64,
     /// It exited orderly.
     pub ended: bool,
+    /// The program that it runs, where the system does not tell it reliably.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program: Option<Digest>,
 }
 
 impl RoleHolder {
@@ -168,7 +175,14 @@ pub fn current_holder(home: &Home, role: Role) -> Option<RoleHolder> {
     let by_lock = || {
         let pid = platform::lock_holder(&home.role_lock(role.name()))?;
         let start_time = platform::start_time(pid)?;
-        Some(RoleHolder { pid, start_time, boot_id: platform::boot_id().to_owned(), restarts: 0, ended: false })
+        Some(RoleHolder {
+            pid,
+            start_time,
+            boot_id: platform::boot_id().to_owned(),
+            restarts: 0,
+            ended: false,
+            program: None,
+        })
     };
     living(home, role).or_else(|| is_held(home, role).then(by_lock).flatten())
 }
@@ -176,6 +190,7 @@ pub fn current_holder(home: &Home, role: Role) -> Option<RoleHolder> {
 /// Creates the missing directories of a safe home; returns them.
 pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
     permissions::home(home)?;
+    executable::complete_replacements(home);
     let missing = home.directories().into_iter().filter(|(directory, _)| !directory.exists());
     let mut created = Vec::new();
     for (directory, mode) in missing {
@@ -229,7 +244,8 @@ pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
     };
     let pid = std::process::id();
     let start_time = platform::start_time(pid).context("cannot read the start time of this process")?;
-    let holder = RoleHolder { pid, start_time, boot_id, restarts, ended: false };
+    let program = if platform::LINKS_FOLLOW { None } else { Programs::default().of_process(pid, None) };
+    let holder = RoleHolder { pid, start_time, boot_id, restarts, ended: false, program };
     if let Err(error) = store::save_unsynced(&record(home, role), &holder) {
         tracing::error!(
             error = format!("{error:#}"),

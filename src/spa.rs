@@ -64,6 +64,11 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         WatchdogOptions { sentinel: true, .. } => return role::sentinel::main(home),
         _ => {}
     }
+    let (role_home, options) = (home.clone(), options.clone());
+    host_service::run(options.service, home, Role::Spa, || {}, move || serve(&role_home, &options))
+}
+
+fn serve(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     if crate::installation::packaged::is_unenrolled(home) {
         // Nothing to watch: the unit has started and ended.
         platform::notify(Notification::Ready);
@@ -97,8 +102,11 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     }
     let (sender, events) = mpsc::channel();
     let terminate = sender.clone();
+    let requested = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(WatchdogEvent::Terminate)))
         .context("cannot install the handler of the termination signal")?;
+    platform::on_exit_request(move || drop(requested.send(WatchdogEvent::Terminate)))
+        .context("cannot wait for a request to exit")?;
     platform::notify(Notification::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
@@ -119,7 +127,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     };
     let end = watchdog.run();
     watchdog.trial.stop_sentinel();
-    if matches!(end, Ok(WatchdogExit::Replace)) {
+    if matches!(end, Ok(WatchdogExit::Replace)) && host_service::can_replace_program(options.service) {
         role::record_exit(home, Role::Spa, &holder);
         return Err(continue_as_another(home, options.service));
     }

@@ -34,7 +34,7 @@ use crate::home::Home;
 use crate::output::message;
 use crate::role::sentinel::Sentinel;
 use crate::role::{self, STOPPED_ON_PURPOSE};
-use crate::{command, installation, logging, platform, store};
+use crate::{command, host_service, installation, logging, platform, store};
 
 /// How long a manager waits for its predecessor to release the role.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,6 +73,12 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         Some(SpmCommand::Preflight) => return preflight(home),
         None => {}
     }
+    let (role_home, stopped_home, service) = (home.clone(), home.clone(), options.service);
+    let on_stop = move || stop_hook::stop_logged(&stopped_home);
+    host_service::run(service, home, Role::Spm, on_stop, move || serve(&role_home, service))
+}
+
+fn serve(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> {
     if let Some(exit) = enrol(home)? {
         return Ok(exit);
     }
@@ -82,7 +88,7 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spm"));
     role::log_restored(&restored);
     role::leave_sub_agent_cgroup(home);
-    let supervised = options.service != ServiceManagerKind::None;
+    let supervised = service != ServiceManagerKind::None;
     if supervised {
         // The service manager starts a unit on an operator's request or at boot: both clear a recorded stop.
         role::clear_stop(home)?;
@@ -104,7 +110,7 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         .max_blocking_threads(256)
         .thread_keep_alive(THREAD_KEEP_ALIVE)
         .build()?;
-    let result = runtime.block_on(manager::run(home, options.service, &holder));
+    let result = runtime.block_on(manager::run(home, service, &holder));
     // Until the watchdog has started the next manager, the home depends on it alone.
     let is_followed = !supervised && matches!(result, Ok(control_socket::Goodbye::Yield));
     let _sentinel = is_followed.then(|| Sentinel::start(home)).flatten();

@@ -83,7 +83,14 @@ fn replace_as(
         if durability == Durability::Synced {
             file.as_file().sync_all()?;
         }
-        file.persist(path).map_err(|error| error.error)?;
+        let mut unnamed = Some(file);
+        platform::while_in_use(|| {
+            let file = unnamed.take().ok_or(ErrorKind::NotFound)?;
+            file.persist(path).map(drop).map_err(|error| {
+                unnamed = Some(error.file);
+                error.error
+            })
+        })?;
         if durability == Durability::Synced {
             platform::sync_directory(parent)?;
         }

@@ -14,13 +14,16 @@ use super::model::InvalidValue;
 #[serde(rename_all = "lowercase")]
 pub enum ServiceManagerKind {
     Systemd,
+    /// The service control manager of Windows.
+    Scm,
     /// No service manager: the roles start each other.
     #[default]
     None,
 }
 
 impl ServiceManagerKind {
-    pub const ALL: &'static [ServiceManagerKind] = &[ServiceManagerKind::Systemd, ServiceManagerKind::None];
+    pub const ALL: &'static [ServiceManagerKind] =
+        &[ServiceManagerKind::Systemd, ServiceManagerKind::Scm, ServiceManagerKind::None];
 
     /// Whether the home has a service manager.
     pub fn is_some(self) -> bool {
@@ -32,13 +35,14 @@ impl fmt::Display for ServiceManagerKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             ServiceManagerKind::Systemd => "systemd",
+            ServiceManagerKind::Scm => "scm",
             ServiceManagerKind::None => "none",
         })
     }
 }
 
 /// All kinds, for an error message.
-const KINDS: &str = "systemd or none";
+const KINDS: &str = "systemd, scm or none";
 
 impl FromStr for ServiceManagerKind {
     type Err = InvalidValue;
@@ -85,6 +89,8 @@ mod tests {
             assert_eq!(kind.to_string().parse::<ServiceManagerKind>().unwrap(), *kind);
             assert_eq!(serde_json::to_value(kind).unwrap(), kind.to_string());
         }
-        assert!("Systemd".parse::<ServiceManagerKind>().unwrap_err().to_string().contains("expected systemd or none"));
+        assert!(
+            "Systemd".parse::<ServiceManagerKind>().unwrap_err().to_string().contains("expected systemd, scm or none")
+        );
     }
 }

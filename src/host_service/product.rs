@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::home;
+use crate::{home, platform};
 
 const DATA: &str = include_str!("../../assets/products.toml");
 
@@ -56,7 +56,7 @@ impl Product {
 
     /// Advice for an operator on how to start the home at boot, where no service manager does.
     pub fn boot_advice(&self, control: &Path) -> String {
-        self.boot.replace("{control}", &control.display().to_string())
+        self.boot.replace("{example}", platform::START_AT_BOOT).replace("{control}", &control.display().to_string())
     }
 }
 

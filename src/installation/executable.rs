@@ -56,6 +56,15 @@ pub fn replace(home: &Home, new: &Path) -> Result<()> {
     attempt().with_context(|| format!("cannot replace {} with the new executable", path.display()))
 }
 
+/// Completes the replacements of executables that were interrupted, and removes replaced ones that no process runs any more.
+pub fn complete_replacements(home: &Home) {
+    for directory in [home.bin(), home.root().to_owned()] {
+        if let Err(error) = platform::complete_replacements(&directory) {
+            tracing::warn!(directory = %directory.display(), error = %error, "cannot complete the replacement of an executable");
+        }
+    }
+}
+
 /// Points these names to `image`, an executable in `bin`. It may be repeated. Synced to disk on return.
 pub fn point(home: &Home, names: &[ExecutableName], image: &Path) -> Result<()> {
     let mut directories = BTreeSet::new();

@@ -40,6 +40,10 @@ pub use programs::{Programs, which};
 
 /// The names that point to the backup while a new release is on trial: all except the manager's.
 const ON_BACKUP: &[ExecutableName] = &[ExecutableName::Spa, ExecutableName::AgentService, ExecutableName::Control];
+/// The names that point to the executable afterwards: also the manager's, where a link does not follow a replaced file.
+const TO_EXECUTABLE: &[ExecutableName] = if platform::LINKS_FOLLOW { ON_BACKUP } else { ExecutableName::ALL };
+/// Where names of the executable are names of one file, the backup has to be another file: else a name would lead to both.
+const BACK_UP_BY: CopyMethod = if platform::LINKS_FOLLOW { CopyMethod::Link } else { CopyMethod::Copy };
 /// The size of the reserve: enough for a few writes of the record and for new links.
 const RESERVE_BYTES: usize = 64 << 10;
 
@@ -83,7 +87,7 @@ pub fn load(home: &Home) -> Result<UpgradeRecord> {
 /// The release on trial, if this process runs its program; `None`: this process runs the release in `state/manager.json`.
 pub fn on_trial(record: &UpgradeRecord, programs: &mut Programs) -> Option<Image> {
     let trial = record.trial()?;
-    let own = programs.of_process(std::process::id());
+    let own = programs.of_process(std::process::id(), None);
     let is_accepted = matches!(trial.phase, UpgradePhase::Trial | UpgradePhase::Committing);
     let is_new = match which(trial, own.as_ref(), if is_accepted { WhichRelease::To } else { WhichRelease::From }) {
         WhichRelease::To => true,
@@ -114,7 +118,10 @@ impl UpgradeSession {
         let Some(lock) = lock::take(&home.upgrade_lock(), timeout)? else { return Ok(None) };
         Ok(Some(UpgradeSession {
             home: home.clone(),
-            record: load(home)?,
+            record: {
+                executable::complete_replacements(home);
+                load(home)?
+            },
             is_recorded: true,
             unsynced: directories(home),
             _lock: lock,
@@ -267,14 +274,14 @@ impl UpgradeSession {
             UpgradeStep::Record(change) => self.apply(change),
             UpgradeStep::BackUp => {
                 self.change(UpgradeRecord::forget_previous)?;
-                copy(&home, &home.executable(), &home.backup_executable(), CopyMethod::Link)
+                copy(&home, &home.executable(), &home.backup_executable(), BACK_UP_BY)
             }
             UpgradeStep::LinkToBackup => executable::point(&home, ON_BACKUP, &home.backup_executable()),
-            UpgradeStep::LinkToExecutable => executable::point(&home, ON_BACKUP, &home.executable()),
+            UpgradeStep::LinkToExecutable => executable::point(&home, TO_EXECUTABLE, &home.executable()),
             UpgradeStep::Swap => {
                 let staged = staged.context("the staged executable is missing")?;
                 let next = home.next_executable();
-                fs::rename(staged, &next)
+                platform::rename(staged, &next)
                     .with_context(|| format!("cannot move {} to {}", staged.display(), next.display()))?;
                 executable::replace(&home, &next)
             }

@@ -18,6 +18,7 @@ mod local;
 mod mounts;
 mod process;
 mod reset;
+mod services;
 
 pub use access::{deny_write_to_others, weakness, weakness_of_parents};
 pub use group::{Group, Groups};
@@ -27,6 +28,7 @@ pub use local::*;
 pub use mounts::mounts_in;
 pub use process::*;
 pub use reset::{detach_from_caller, detach_from_caller_as};
+pub use services::*;
 
 // --- Files
 
@@ -203,6 +205,11 @@ pub fn errand() -> Option<std::process::ExitCode> {
 
 // --- The service manager's notifications
 
+/// Nothing to do: a signal asks a process to exit.
+pub fn on_exit_request(_handler: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    Ok(())
+}
+
 /// Notifies systemd, where `NOTIFY_SOCKET` is set (sd_notify(3)).
 pub fn notify(notice: Notification) {
     let state = match notice {
@@ -350,6 +357,43 @@ pub fn is_executable(path: &Path) -> bool {
 /// Replaces the executable `path` by `new` with a rename. Also works while `path` runs.
 pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
     fs::rename(new, path)
+}
+
+/// Whether asking a process to exit also asks the processes that it has started.
+pub const SIGNALS_REACH_CHILDREN: bool = false;
+
+/// An example of how to start a home at boot without a service manager.
+pub const START_AT_BOOT: &str = "a line `@reboot {control} start` in a crontab";
+
+/// The link to the executable for all users; for the default home only.
+pub const COMMAND_LINK: Option<&str> = Some("/usr/local/bin/aops");
+
+/// The file of a program.
+pub fn find_program(path: PathBuf) -> PathBuf {
+    path
+}
+
+/// Nothing to do: a new directory has the mode that it was created with.
+pub fn protect_new_home(_path: &Path) -> io::Result<()> {
+    Ok(())
+}
+
+/// Whether every link to a file follows when the file is replaced.
+pub const LINKS_FOLLOW: bool = true;
+
+/// Renames a file over another one.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)
+}
+
+/// Runs an operation on files once: a file that is in use can be renamed and replaced.
+pub fn while_in_use<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    attempt()
+}
+
+/// Nothing to do: a replacement is a single rename.
+pub fn complete_replacements(_directory: &Path) -> io::Result<()> {
+    Ok(())
 }
 
 /// Nothing to do: a running executable can be removed.

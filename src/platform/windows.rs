@@ -1,27 +1,37 @@
 //! Windows Server 2012 R2 and later.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
+use std::os::windows::io::OwnedHandle;
 use std::path::{Path, PathBuf};
 
-use crate::core::service_manager::Notification;
+use windows_sys::Win32::Storage::FileSystem::{BY_HANDLE_FILE_INFORMATION, GetFileInformationByHandle};
 
 mod access;
+mod event;
+mod event_log;
+mod exit_event;
 mod group;
+mod gui;
 mod launch;
 mod local;
 mod names;
 mod process;
+mod replace;
 mod security;
+mod services;
 mod signal;
 mod watch;
 
 pub use access::{deny_write_to_others, weakness, weakness_of_parents};
+pub use exit_event::on_exit_request;
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
 pub use process::*;
-pub use signal::{errand, signal};
+pub use replace::*;
+pub use services::*;
+pub use signal::{errand, kill_group, signal};
 
 // --- Files
 
@@ -36,9 +46,18 @@ pub fn copy_access(_from: &Path, _to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Nothing to do: NTFS journals its directories.
-pub fn sync_directory(_path: &Path) -> io::Result<()> {
-    Ok(())
+/// Makes the names in a directory survive a power cut, as far as the file system can: NTFS journals its directories, and writes the journal
+/// when one of them is flushed.
+pub fn sync_directory(path: &Path) -> io::Result<()> {
+    use std::os::windows::fs::OpenOptionsExt;
+    use windows_sys::Win32::Storage::FileSystem::FILE_FLAG_BACKUP_SEMANTICS;
+    // This flag opens a directory.
+    let opened = fs::OpenOptions::new().write(true).custom_flags(FILE_FLAG_BACKUP_SEMANTICS).open(path);
+    match opened.and_then(|directory| directory.sync_all()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(error),
+        // Not every file system can flush a directory.
+        _ => Ok(()),
+    }
 }
 
 /// None: a mount in a directory is a reparse point, which a removal removes and does not follow.
@@ -62,41 +81,44 @@ pub fn open_null() -> io::Result<File> {
 /// Whether `path` currently names this open file.
 pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     match File::open(path) {
-        Ok(named) => Ok(identity(file)? == identity(&named)?),
+        Ok(named) => Ok(file_identity(file)? == file_identity(&named)?),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// Volume and file number.
-fn identity(file: &File) -> io::Result<(u32, u32, u32)> {
+fn information(file: &File) -> io::Result<BY_HANDLE_FILE_INFORMATION> {
     use std::os::windows::io::AsRawHandle;
-    use windows_sys::Win32::Storage::FileSystem::{BY_HANDLE_FILE_INFORMATION, GetFileInformationByHandle};
-
     let mut found = BY_HANDLE_FILE_INFORMATION::default();
     // SAFETY: the handle is open, and the result outlives the call.
     let done = unsafe { GetFileInformationByHandle(file.as_raw_handle(), &mut found) };
-    if done == 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((found.dwVolumeSerialNumber, found.nFileIndexHigh, found.nFileIndexLow))
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(found) }
+}
+
+/// Volume and file number.
+fn identity(found: &BY_HANDLE_FILE_INFORMATION) -> (u64, u64) {
+    (found.dwVolumeSerialNumber.into(), u64::from(found.nFileIndexHigh) << 32 | u64::from(found.nFileIndexLow))
 }
 
 /// Volume and file number.
 pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
-    let (volume, high, low) = identity(file)?;
-    Ok((volume.into(), u64::from(high) << 32 | u64::from(low)))
+    Ok(identity(&information(file)?))
 }
 
-/// Whether a copy that [`replace_link`] created has the current content of `target`.
+/// Whether a link that [`replace_link`] created is a name of the file `target`. A copy, which a file system without hard links has instead,
+/// counts if it has the same content.
 pub fn points_to(link: &Path, target: &Path) -> io::Result<bool> {
-    let content = |path: &Path| match fs::read(path) {
-        Ok(content) => Ok(Some(content)),
+    let open = |path: &Path| match File::open(path) {
+        Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     };
-    let content_of_link = content(link)?;
-    Ok(content_of_link.is_some() && content_of_link == content(target)?)
+    let (Some(named), Some(file)) = (open(link)?, open(target)?) else { return Ok(false) };
+    let (named, file) = (information(&named)?, information(&file)?);
+    if named.nNumberOfLinks > 1 {
+        return Ok(identity(&named) == identity(&file));
+    }
+    Ok(fs::read(link)? == fs::read(target)?)
 }
 
 /// An existing path with links resolved, in the spelling of the disk, and in the form that programs accept (not `\\?\C:\…`).
@@ -124,20 +146,44 @@ pub fn lock_holder(_path: &Path) -> Option<u32> {
     None
 }
 
-/// Makes `link` a copy of `target`, replacing an existing file: links need a privilege on Windows.
-pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
-    let source = link.parent().unwrap_or(Path::new("")).join(target);
-    let temporary = link.with_file_name(format!("{}{}", super::temporary_prefix(), fastrand::u64(..)));
-    fs::hard_link(&source, &temporary).or_else(|_| fs::copy(&source, &temporary).map(drop))?;
-    fs::rename(&temporary, link).inspect_err(|_| {
-        let _ = fs::remove_file(&temporary);
-    })
+/// Whether the process runs with the rights of an administrator: an administrator's program does not, unless it was started elevated.
+pub fn is_root() -> bool {
+    security::is_administrator().unwrap_or(false)
 }
 
-/// Whether the process has administrator privileges.
-pub fn is_root() -> bool {
-    File::open(r"\\.\PhysicalDrive0").is_ok()
+/// Whether asking a process to exit also asks the processes that it has started: those that share its console.
+pub const SIGNALS_REACH_CHILDREN: bool = true;
+
+/// An example of how to start a home at boot without a service manager.
+pub const START_AT_BOOT: &str = "`schtasks /create /tn aops /sc onstart /ru SYSTEM /tr \"{control} start\"`";
+
+/// The link to the executable for all users: there is no such directory.
+pub const COMMAND_LINK: Option<&str> = None;
+
+/// The extensions of programs, in the order in which they are tried.
+const PROGRAMS: [&str; 3] = ["exe", "cmd", "bat"];
+
+/// The file of a program, which may be named without its extension.
+pub fn find_program(path: PathBuf) -> PathBuf {
+    if path.is_file() {
+        return path;
+    }
+    let with = |extension: &str| {
+        let mut name = path.clone().into_os_string();
+        name.push(format!(".{extension}"));
+        PathBuf::from(name)
+    };
+    PROGRAMS.iter().map(|extension| with(extension)).find(|file| file.is_file()).unwrap_or(path)
 }
+
+/// Gives a new home an access list for administrators, the system and the user that we run as, instead of the one of its parent: a
+/// directory below C:\ inherits rights of every user.
+pub fn protect_new_home(path: &Path) -> io::Result<()> {
+    security::set_access_list(path, "D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)(A;OICI;FA;;;@US@)")
+}
+
+/// Whether every link to a file follows when the file is replaced: on Windows the names of the executable are files of their own.
+pub const LINKS_FOLLOW: bool = false;
 
 // --- Packages
 
@@ -246,56 +292,50 @@ pub fn default_home() -> PathBuf {
 
 /// Whether a file is executable, by its extension.
 pub fn is_executable(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|extension| ["exe", "bat", "cmd"].iter().any(|known| extension.eq_ignore_ascii_case(known)))
-}
-
-/// Replaces the executable `path` by `new` with a rename. A running executable is moved away first; the next start removes it.
-pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
-    match fs::rename(new, path) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && path.exists() => {
-            let away = path.with_extension(format!("{}.old", fastrand::u32(..)));
-            fs::rename(path, &away)?;
-            fs::rename(new, path).inspect_err(|_| {
-                let _ = fs::rename(&away, path);
-            })
-        }
-        other => other,
-    }
-}
-
-/// Moves the running executable out of `directory`, which is to be removed: a running executable cannot be deleted.
-pub fn leave_directory(directory: &Path) -> io::Result<()> {
-    let executable = std::env::current_exe()?;
-    if executable.starts_with(directory) {
-        fs::rename(&executable, std::env::temp_dir().join(format!("aops-{}.old", fastrand::u32(..))))?;
-    }
-    Ok(())
+    path.extension().is_some_and(|extension| PROGRAMS.iter().any(|known| extension.eq_ignore_ascii_case(known)))
 }
 
 // --- Termination
 
-/// Receives the events that request termination: Ctrl-C, Ctrl-Break, and the shutdown of the machine.
+/// Receives the events that request termination: Ctrl-C, Ctrl-Break, a closed console, a logoff, the shutdown of the machine, a stop of the
+/// service, and a request of another process of ours.
 #[derive(Debug)]
 pub struct Termination {
     ctrl_c: tokio::signal::windows::CtrlC,
     ctrl_break: tokio::signal::windows::CtrlBreak,
+    close: tokio::signal::windows::CtrlClose,
+    logoff: tokio::signal::windows::CtrlLogoff,
     shutdown: tokio::signal::windows::CtrlShutdown,
+    request: OwnedHandle,
 }
 
 impl Termination {
     /// Needs a runtime. From here on, these events no longer end the process.
     pub fn new() -> io::Result<Termination> {
-        use tokio::signal::windows::{ctrl_break, ctrl_c, ctrl_shutdown};
-        Ok(Termination { ctrl_c: ctrl_c()?, ctrl_break: ctrl_break()?, shutdown: ctrl_shutdown()? })
+        use tokio::signal::windows::{ctrl_break, ctrl_c, ctrl_close, ctrl_logoff, ctrl_shutdown};
+        Ok(Termination {
+            ctrl_c: ctrl_c()?,
+            ctrl_break: ctrl_break()?,
+            close: ctrl_close()?,
+            logoff: ctrl_logoff()?,
+            shutdown: ctrl_shutdown()?,
+            request: exit_event::own()?,
+        })
     }
 
     /// Resolves when an event is received. Cancel-safe.
     pub async fn recv(&mut self) {
-        tokio::select! {
-            _ = self.ctrl_c.recv() => {}
-            _ = self.ctrl_break.recv() => {}
-            _ = self.shutdown.recv() => {}
+        // The service control manager announces a shutdown, and users come and go, without any effect on a service.
+        let is_service = is_service();
+        loop {
+            tokio::select! {
+                _ = self.ctrl_c.recv() => return,
+                _ = self.ctrl_break.recv() => return,
+                _ = self.close.recv() => return,
+                _ = self.logoff.recv() => if !is_service { return },
+                _ = self.shutdown.recv() => if !is_service { return },
+                requested = watch::signalled(&self.request) => if requested.is_ok() { return },
+            }
         }
     }
 }
@@ -317,21 +357,19 @@ impl Reload {
     }
 }
 
-// --- The service manager's notifications
-
-/// Nothing to do: a service notifies the service control manager through its own registration.
-pub fn notify(_notice: Notification) {}
+// --- The active release of a sub-agent
 
 /// Replaces a small file atomically.
 fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = path.with_file_name(format!("{}{}", super::temporary_prefix(), fastrand::u64(..)));
-    fs::write(&temporary, content)?;
-    fs::rename(&temporary, path).inspect_err(|_| {
+    let mut file = File::create(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    drop(file);
+    rename(&temporary, path).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })
 }
-
-// --- The active release of a sub-agent
 
 /// The version that `current` names; `None`: the file does not exist.
 pub fn read_current(file: &Path) -> io::Result<Option<String>> {
@@ -350,33 +388,6 @@ pub fn write_current(file: &Path, version: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::platform::testing::{self, OtherProcess};
-
-    const RUNNING: &str = "platform::windows::tests::a_running_program";
-
-    /// Blocks until it is killed.
-    #[test]
-    fn a_running_program() {
-        if testing::part(RUNNING).is_some() {
-            testing::report("ready");
-            testing::block();
-        }
-    }
-
-    #[test]
-    fn an_executable_is_replaced_while_it_runs() {
-        let directory = tempfile::tempdir().unwrap();
-        let (app, new) = (directory.path().join("app.exe"), directory.path().join("new.exe"));
-        fs::copy(std::env::current_exe().unwrap(), &app).unwrap();
-        fs::write(&new, b"new").unwrap();
-        let mut running = OtherProcess::start_from(&app, RUNNING, "");
-        assert_eq!(running.line(), "ready");
-        replace_executable(&new, &app).unwrap();
-        assert_eq!(fs::read(&app).unwrap(), b"new");
-        assert!(start_time(running.pid()).is_some());
-        assert!(!new.exists());
-        running.kill();
-    }
 
     #[test]
     fn a_replaced_file_is_detected() {

@@ -29,7 +29,7 @@ pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Progr
     let directory = home.release(name, version);
     let path = directory.join(MANIFEST);
     let Some(bytes) = store::read(&path, MAX_MANIFEST_BYTES)? else {
-        if directory.join(CONTROL_SCRIPT).is_file() {
+        if platform::find_program(directory.join(CONTROL_SCRIPT)).is_file() {
             return Ok(Program::Script);
         }
         bail!(
@@ -171,7 +171,7 @@ impl StartSpec {
     /// Fails if another user can replace this release.
     fn prepared(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         self.check_permissions()?;
-        let mut command = Command::new(self.directory().join(program));
+        let mut command = Command::new(platform::find_program(self.directory().join(program)));
         command.current_dir(self.directory()).env_clear();
         command.envs(platform::base_environment(user));
         if let Program::Native(manifest) = &self.program {

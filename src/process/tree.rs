@@ -308,13 +308,17 @@ impl<'a> StopProgress<'a> {
                 target.kill_groups();
             }
             let is_first = self.polled.insert(place);
+            if is_first && !is_kill_due {
+                target.groups.iter().for_each(Group::request_stop);
+            }
             for process in &members {
                 // A health check has nothing to clean up.
                 let kill = is_kill_due || process.is_check();
                 let key = (process.pid, process.start_time);
                 // A process that a member started since helps to stop (a script's clean-up). It exits with that member, or is killed after
                 // the grace period.
-                let helps = !is_first && members.iter().any(|member| member.pid == process.parent);
+                let has_parent = || members.iter().any(|member| member.pid == process.parent);
+                let helps = (!is_first || platform::SIGNALS_REACH_CHILDREN) && has_parent();
                 if !kill && (helps || self.signalled.contains(&key)) {
                     continue;
                 }

@@ -102,7 +102,13 @@ impl InstallRoot {
         let missing: Vec<&Path> = path.ancestors().take_while(|path| path.symlink_metadata().is_err()).collect();
         for directory in missing.into_iter().rev() {
             match fs::create_dir(directory) {
-                Ok(()) => self.created.push(directory.to_owned()),
+                Ok(()) => {
+                    self.created.push(directory.to_owned());
+                    if directory == self.home.root() {
+                        platform::protect_new_home(directory)
+                            .with_context(|| format!("cannot set the access list of {}", directory.display()))?;
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => {
                     return Err(error).with_context(|| format!("cannot create the directory {}", directory.display()));
@@ -178,12 +184,15 @@ impl Drop for InstallRoot {
     fn drop(&mut self) {
         // What was set aside and not restored exists nowhere else.
         let keeps_work = legacy::is_any_aside(&self.home) || (!self.committed && undo::has_retained(&self.work()));
-        if self.lock.is_some() {
+        let was_locked = self.lock.is_some();
+        if let Some(lock) = self.lock.take() {
             if !keeps_work {
                 let _ = store::remove_tree(&self.work());
             }
             // Removed while it is held: a waiting process then sees that its file is no longer the lock.
             let _ = store::remove(&self.home.install_lock());
+            // On Windows, its directory can be removed when no process has it open.
+            drop(lock);
         }
         if self.committed {
             return;
@@ -194,7 +203,7 @@ impl Drop for InstallRoot {
         let work = self.work();
         for path in self.created.iter().rev().filter(|path| !(keeps_work && **path == work)) {
             // Without the lock, the files inside belong to another process.
-            if self.lock.is_some() && path.starts_with(self.home.root()) && path != self.home.root() {
+            if was_locked && path.starts_with(self.home.root()) && path != self.home.root() {
                 let _ = store::remove_tree(path);
             } else {
                 let _ = fs::remove_dir(path);

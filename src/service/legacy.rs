@@ -268,7 +268,7 @@ fn move_entries(from: &Path, to: &Path, stays: &dyn Fn(&Path) -> bool, home: &Ho
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).with_context(|| format!("cannot move {} to {}", from.display(), to.display()))
+    platform::rename(from, to).with_context(|| format!("cannot move {} to {}", from.display(), to.display()))
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -19,9 +19,6 @@ use crate::installation::{Epochs, InstallRecord, keyring};
 use crate::platform;
 use crate::store::{self, Access};
 
-/// The link to the executable for all users; for the default home only.
-const COMMAND_LINK: &str = "/usr/local/bin/aops";
-
 pub(super) fn switch(
     plan: &InstallPlan,
     fetched: &FetchedManager,
@@ -104,7 +101,7 @@ fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
         ExistingInstallation::Aops(installed) => installed.linked.clone(),
         _ => Vec::new(),
     };
-    let link = PathBuf::from(COMMAND_LINK);
+    let Some(link) = platform::COMMAND_LINK.map(PathBuf::from) else { return linked };
     // A package has its own link.
     if !platform::is_root() || !plan.home.is_default() || plan.packaged.is_some() {
         return linked;

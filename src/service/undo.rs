@@ -124,7 +124,8 @@ impl Undo {
                 self.directory.display()
             )
         })?;
-        fs::rename(&self.directory, &retained).with_context(|| format!("cannot keep {}", self.directory.display()))?;
+        platform::rename(&self.directory, &retained)
+            .with_context(|| format!("cannot keep {}", self.directory.display()))?;
         Ok(retained)
     }
 }
@@ -158,7 +159,7 @@ fn restore(saved: &SavedPath) -> Result<()> {
             SavedPath::Directory { path, copy } => {
                 platform::sync_directory(copy)?;
                 store::remove_tree(path)?;
-                fs::rename(copy, path)?;
+                platform::rename(copy, path)?;
             }
         }
         Ok(())

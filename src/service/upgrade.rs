@@ -57,7 +57,7 @@ pub(super) fn replaced(session: &mut UpgradeSession, version: &Version) -> Resul
 fn evidence(home: &Home, session: &UpgradeSession, programs: &mut Programs) -> Result<Evidence> {
     let on_disk = session.evidence(Decider::Installer, programs)?;
     let manager = role::current_holder(home, Role::Spm).map(|holder| {
-        let program = programs.of_process(holder.pid);
+        let program = programs.of_process(holder.pid, holder.program.as_ref());
         let image = session.record().trial().map_or(WhichRelease::Other, |trial| {
             // If both releases have the same bytes, the record of the installed release decides.
             which(trial, program.as_ref(), on_disk.installed)

@@ -353,7 +353,7 @@ impl TrialMonitor {
         let is_old_gone = self.is_old_gone && in_trial;
         self.manager = holder.map(|holder| {
             self.probe = OneShot::NotStarted;
-            let program = self.programs.of_process(holder.pid);
+            let program = self.programs.of_process(holder.pid, holder.program.as_ref());
             let same = if trial.phase == UpgradePhase::RollingBack { WhichRelease::From } else { WhichRelease::To };
             // A script, or a program started by it, counts as the new release: the old one is recognized by its bytes.
             let image = match which(trial, program.as_ref(), same) {
@@ -384,7 +384,7 @@ impl TrialMonitor {
         let evidence = session.evidence(Decider::Watchdog, &mut self.programs)?;
         let now = Instant::now();
         if self.own.is_none() {
-            self.own = self.programs.of_process(std::process::id());
+            self.own = self.programs.of_process(std::process::id(), None);
         }
         let watchdog = match &self.trial {
             None => WhichRelease::Other,

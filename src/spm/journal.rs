@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use super::disk::StateFile;
 use super::input::{Inputs, StateFileName};
-use crate::core::model::{AgentName, Version};
+use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::protocol::Event;
 use crate::core::schedule::RateLimiter;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::core::unknown::{self, UnknownFields};
 use crate::home::Home;
-use crate::store;
+use crate::{platform, store};
 
 /// Maximum length of a short field of an event read from disk.
 const MAX_FIELD_BYTES: usize = 64;
@@ -106,6 +106,10 @@ impl Journal {
             tracing::info!(kind, agent, message, "event");
         } else {
             tracing::warn!(kind, outcome, agent, message, "event");
+        }
+        // Of the manager itself, and what has failed.
+        if outcome != "ok" || agent == MANAGER_PACKAGE {
+            platform::log_milestone(&message, outcome != "ok");
         }
         self.store(Event {
             id,

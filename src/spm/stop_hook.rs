@@ -37,6 +37,18 @@ pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> 
             return Ok(ExitCode::SUCCESS);
         }
     }
+    stop(home).map(|()| ExitCode::SUCCESS)
+}
+
+/// As [`stop`], where nobody receives the error.
+pub(super) fn stop_logged(home: &Home) {
+    if let Err(error) = stop(home) {
+        tracing::error!(error = format!("{error:#}"), "cannot stop every sub-agent");
+    }
+}
+
+/// Records the stop, and stops the sub-agents and the manager.
+fn stop(home: &Home) -> Result<()> {
     let began = Instant::now();
     tracing::info!("the unit is being stopped; the sub-agents are stopped too");
     if let Err(error) = role::record_stop(home) {
@@ -56,7 +68,6 @@ pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> 
     match reply.and_then(|reply| reply.error) {
         Some(error) => bail!("cannot stop every sub-agent: {error}"),
         // A hung or dead manager stops no sub-agent; the rest is stopped here.
-        None => process::stop::stop_all_within(home, LONGEST_GRACE.saturating_sub(began.elapsed()))?,
+        None => process::stop::stop_all_within(home, LONGEST_GRACE.saturating_sub(began.elapsed())),
     }
-    Ok(ExitCode::SUCCESS)
 }

@@ -294,7 +294,9 @@ fn evidence(
 ) -> Result<Evidence> {
     let evidence = session.evidence(Decider::Manager, programs)?;
     let watchdog = role::current_holder(home, Role::Spa).map(|holder| match session.record().trial() {
-        Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), WhichRelease::From),
+        Some(trial) => {
+            which(trial, programs.of_process(holder.pid, holder.program.as_ref()).as_ref(), WhichRelease::From)
+        }
         None => WhichRelease::Other,
     });
     // The manager determined at start which release it is: by its bytes, and where both have the same bytes, by the record at that time.

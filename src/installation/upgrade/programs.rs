@@ -34,9 +34,9 @@ impl Programs {
         file.map(|file| self.of(file)).transpose().with_context(|| format!("cannot read {}", path.display()))
     }
 
-    /// The digest of the program that a process runs; `None`: it cannot be read.
-    pub fn of_process(&mut self, pid: u32) -> Option<Digest> {
-        self.of(platform::program_of(pid).ok()?).ok()
+    /// The digest of the program that a process runs; `None`: it cannot be read. `recorded`: what the process has recorded itself.
+    pub fn of_process(&mut self, pid: u32, recorded: Option<&Digest>) -> Option<Digest> {
+        recorded.cloned().or_else(|| self.of(platform::program_of(pid).ok()?).ok())
     }
 
     fn of(&mut self, mut file: File) -> Result<Digest> {

@@ -267,6 +267,9 @@ impl Group {
         }
     }
 
+    /// Nothing to do: its processes are asked by signals.
+    pub fn request_stop(&self) {}
+
     /// Kills all processes in it at once, including forks in progress.
     pub fn kill(&self) -> io::Result<()> {
         match write(&self.path.join("cgroup.kill"), "1") {

@@ -17,6 +17,7 @@ use std::time::Duration;
 use windows_sys::Win32::Foundation::{
     DuplicateHandle, ERROR_ALREADY_EXISTS, ERROR_FILE_NOT_FOUND, ERROR_MORE_DATA, GetLastError, HANDLE,
 };
+use windows_sys::Win32::Storage::FileSystem::SYNCHRONIZE;
 use windows_sys::Win32::System::JobObjects::{
     AssignProcessToJobObject, CreateJobObjectW, JOB_OBJECT_LIMIT, JOB_OBJECT_LIMIT_ACTIVE_PROCESS,
     JOBOBJECT_BASIC_LIMIT_INFORMATION, JOBOBJECT_BASIC_PROCESS_ID_LIST, JobObjectBasicLimitInformation,
@@ -26,10 +27,10 @@ use windows_sys::Win32::System::JobObjects::{
 use windows_sys::Win32::System::SystemServices::{
     JOB_OBJECT_ASSIGN_PROCESS, JOB_OBJECT_QUERY, JOB_OBJECT_SET_ATTRIBUTES, JOB_OBJECT_TERMINATE,
 };
-use windows_sys::Win32::System::Threading::{GetCurrentProcess, PROCESS_SYNCHRONIZE};
+use windows_sys::Win32::System::Threading::{EVENT_MODIFY_STATE, GetCurrentProcess, PROCESS_SYNCHRONIZE};
 
-use super::security::{self, PrivateAcl, wide};
-use super::{names, process, watch};
+use super::security::{self, PrivateAcl, READ_CONTROL, wide};
+use super::{event, names, process, watch};
 
 /// Prefix of names that are visible to the whole host, from any session.
 const GLOBAL: &str = r"Global\";
@@ -220,6 +221,23 @@ impl Group {
         }
     }
 
+    /// The name of the event that asks its program to stop.
+    fn stop_event(&self) -> String {
+        format!("{GLOBAL}stop-{}", self.name.strip_prefix(GLOBAL).unwrap_or(&self.name))
+    }
+
+    /// Asks its program to stop, if it waits for the event that it was given. Consoles and windows are asked by `signal`.
+    pub fn request_stop(&self) {
+        if let Ok(Some(event)) = event::open(&self.stop_event()) {
+            let _ = event::set(&event);
+        }
+    }
+
+    /// The environment variable with the name of the event that asks a program in this group to stop.
+    pub(super) fn stop_variable(&self) -> (&'static str, String) {
+        ("AOPS_STOP_EVENT", self.stop_event())
+    }
+
     /// Kills all processes in it at once. New processes are forbidden first, so that no fork in progress escapes.
     pub fn kill(&self) -> io::Result<()> {
         let Some(job) = self.find()? else { return Ok(()) };
@@ -255,12 +273,21 @@ impl Group {
             let own = GetCurrentProcess();
             DuplicateHandle(own, raw(&job), process.as_raw_handle(), &mut theirs, JOB_OBJECT_QUERY, 1, 0)
         };
+        if done == 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // The process keeps the event, so that the next manager finds it.
+        let event = event::create(&self.stop_event())?;
+        event::reset(&event)?;
+        // SAFETY: as above.
+        let done = unsafe {
+            let own = GetCurrentProcess();
+            let rights = EVENT_MODIFY_STATE | SYNCHRONIZE;
+            DuplicateHandle(own, event.as_raw_handle(), process.as_raw_handle(), &mut theirs, rights, 0, 0)
+        };
         if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
-
-/// The right to read the owner (winnt.h).
-const READ_CONTROL: u32 = 0x2_0000;
 
 fn raw(handle: &OwnedHandle) -> HANDLE {
     handle.as_raw_handle()

@@ -29,7 +29,7 @@ use windows_sys::Win32::System::Threading::{
 };
 
 use super::group::{ENDED_BY_US, Group};
-use super::{process, watch};
+use super::{process, replace, watch};
 use crate::platform::Launch;
 
 /// A started process. Dropping it does not kill it.
@@ -60,6 +60,7 @@ fn start_suspended(command: &Command, launch: &Launch) -> io::Result<Child> {
     let mut suspended = Command::new(command.get_program());
     suspended.args(command.get_args()).env_clear();
     suspended.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    suspended.envs(launch.group.as_ref().map(Group::stop_variable));
     suspended.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
     suspended.creation_flags(CREATE_SUSPENDED | process::DETACHED_FLAGS);
     if let Some(directory) = command.get_current_dir() {
@@ -75,7 +76,7 @@ fn start_suspended(command: &Command, launch: &Launch) -> io::Result<Child> {
     resume(pid)?;
     // If it cannot be recorded (a full disk), it runs anyway and is found by its group.
     if let Ok(record) = record
-        && fs::rename(&record, &launch.record).is_err()
+        && replace::rename(&record, &launch.record).is_err()
     {
         let _ = fs::remove_file(&record);
     }

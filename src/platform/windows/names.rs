@@ -22,10 +22,13 @@ const ROOM: usize = 512;
 #[repr(C)]
 struct ObjectEntry {
     name: UNICODE_STRING,
-    _kind: UNICODE_STRING,
+    kind: UNICODE_STRING,
 }
 
-/// The names of the host's objects with this prefix, without the prefix.
+/// The kind of a job object.
+const JOB: &str = "Job";
+
+/// The names of the host's jobs with this prefix, without the prefix.
 pub(super) fn with_prefix(prefix: &str) -> io::Result<Vec<String>> {
     let directory = open()?;
     let mut buffer = [0_u64; ROOM];
@@ -44,13 +47,21 @@ pub(super) fn with_prefix(prefix: &str) -> io::Result<Vec<String>> {
         }
         check(status)?;
         // SAFETY: the system has written an entry there, whose texts follow it in the buffer.
-        let name = unsafe {
+        let (name, kind) = unsafe {
             let entry = &*buffer.as_ptr().cast::<ObjectEntry>();
-            std::slice::from_raw_parts(entry.name.Buffer, usize::from(entry.name.Length) / 2)
+            (text(&entry.name), text(&entry.kind))
         };
-        found.extend(String::from_utf16_lossy(name).strip_prefix(prefix).map(str::to_owned));
+        if kind == JOB {
+            found.extend(name.strip_prefix(prefix).map(str::to_owned));
+        }
     }
     Ok(found)
+}
+
+/// The text must be one that the system has written.
+unsafe fn text(text: &UNICODE_STRING) -> String {
+    // SAFETY: the caller's promise; the length is in bytes.
+    String::from_utf16_lossy(unsafe { std::slice::from_raw_parts(text.Buffer, usize::from(text.Length) / 2) })
 }
 
 fn open() -> io::Result<OwnedHandle> {

