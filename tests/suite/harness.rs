@@ -1,9 +1,10 @@
 //! Tests of the test harness: containers behave as documented, and are removed without leftovers.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Command, Stdio};
 
-use crate::support::command::describe;
+use crate::support::command::{LIMIT, describe, run};
 use crate::support::container::Container;
 use crate::support::files::difference;
 use crate::support::host::SOON;
@@ -140,6 +141,18 @@ fn nothing_of_a_container_outlives_its_owner_even_if_the_owner_is_killed() {
     for tree in trees {
         assert!(!std::path::Path::new(&tree).join(&name).exists(), "a cgroup of {name} is left in {tree}");
     }
+}
+
+#[test]
+fn every_scenario_that_is_listed_for_windows_exists() {
+    let listed = include_str!("windows.txt").lines().filter(|line| !line.starts_with('#'));
+    let listed: BTreeSet<&str> = listed.filter_map(|line| line.split_whitespace().next()).collect();
+    let own = std::env::current_exe().expect("this program has a file");
+    let output = run(Command::new(own).arg("--list"), LIMIT).expect_success();
+    let all: BTreeSet<&str> = output.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+    assert_eq!(listed.difference(&all).collect::<Vec<_>>(), Vec::<&&str>::new());
+    let own = all.iter().filter(|name| name.starts_with("on_windows::"));
+    assert!(own.into_iter().all(|name| listed.contains(name)), "a scenario of on_windows is not listed");
 }
 
 #[track_caller]

@@ -43,7 +43,8 @@
 //!               slow_disk              the manager's event loop never waits for a disk or a lock
 //! command_line  help                   help texts, usage errors, program names
 //!               output                 an output that cannot be written stops no work
-//! (none)        harness                the containers and file snapshots of tests/support work as they promise
+//! (none)        on_windows             the roles as services of Windows; files in use
+//!               harness                the containers and file snapshots of tests/support work as they promise
 //! ```
 #![allow(clippy::disallowed_macros, reason = "a failed test panics")]
 
@@ -98,6 +99,7 @@ mod trust {
     mod keys;
     mod offline_key;
 }
+mod on_windows;
 mod upgrades {
     mod ledger;
     pub(crate) mod self_upgrades;

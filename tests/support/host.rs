@@ -15,6 +15,7 @@ use super::command::{self, LIMIT, Output};
 use super::gateway::{self, Gateway};
 use super::processes::{self, Process};
 use super::wait::{try_for, wait_for};
+use super::windows::{self, Wine};
 
 /// The deadline for a start, or for a failure to be noticed and fixed, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -26,6 +27,8 @@ pub const FORKING: Duration = Duration::from_secs(5);
 pub struct TestHost {
     directory: TempDir,
     agent_id: String,
+    /// The host's system, if the scenarios run on Windows.
+    wine: Option<Wine>,
 }
 
 impl TestHost {
@@ -37,7 +40,8 @@ impl TestHost {
     /// As [`TestHost::new`], for one of several hosts of a gateway.
     pub fn with_id(agent_id: &str) -> TestHost {
         let directory = tempfile::Builder::new().prefix("aops-host-").tempdir().expect("a temporary directory");
-        TestHost { directory, agent_id: agent_id.to_owned() }
+        let wine = windows::under_test().map(|windows| Wine::start(&windows, directory.path()));
+        TestHost { directory, agent_id: agent_id.to_owned(), wine }
     }
 
     /// A host that has joined the gateway's fleet; the gateway must offer a manager.
@@ -58,10 +62,20 @@ impl TestHost {
         self.install(&arguments)
     }
 
+    /// A path on this host, in the words of its system.
+    pub fn name(&self, path: &Path) -> String {
+        self.wine.as_ref().map_or_else(|| path.display().to_string(), |wine| wine.path(path))
+    }
+
+    /// An argument; a path in it is translated.
+    fn word(&self, word: String) -> String {
+        if word.starts_with("/tmp/") { self.name(word.as_ref()) } else { word }
+    }
+
     /// `aops install --service none` with these arguments.
     #[track_caller]
     pub fn install(&self, arguments: &[&str]) -> Output {
-        let home = self.home().display().to_string();
+        let home = self.name(&self.home());
         let mut all = vec!["install", "--service", "none", "--home", &home];
         all.extend(arguments);
         self.aops(&all)
@@ -70,7 +84,24 @@ impl TestHost {
     /// Runs the program under test with this host's home in its environment.
     #[track_caller]
     pub fn aops(&self, arguments: &[&str]) -> Output {
-        command::run(self.command(&aops()).args(arguments), LIMIT)
+        let arguments = arguments.iter().map(|word| self.word((*word).to_owned()));
+        command::run(self.aops_command().args(arguments), LIMIT)
+    }
+
+    /// The program under test, with this host's home in its environment.
+    fn aops_command(&self) -> Command {
+        match &self.wine {
+            None => self.command(&aops()),
+            Some(wine) => {
+                wine.command(r"Z:\program\aops.exe", &[("AOPS_HOME", &self.name(&self.home())), ("NO_COLOR", "1")])
+            }
+        }
+    }
+
+    /// A program of the home, such as `bin/aops`, as a file.
+    pub fn program(&self, name: &str) -> PathBuf {
+        let suffix = if self.wine.is_some() { ".exe" } else { "" };
+        self.home().join(format!("{name}{suffix}"))
     }
 
     /// `aops control` with these arguments.
@@ -136,19 +167,88 @@ impl TestHost {
 
     /// Kills every process at once, as in a power cut.
     pub fn crash(&self) {
+        if self.wine.is_some() {
+            self.processes().iter().for_each(|process| processes::signal(process.pid, Signal::KILL));
+            return;
+        }
         if let Err(left) = processes::end_all(&self.home()) {
             panic!("cannot end {left:?}");
         }
     }
 
-    /// Kills one process.
+    /// Kills one process, by a pid that the host knows it by.
     pub fn kill(&self, pid: u32) {
-        processes::signal(pid, Signal::KILL);
+        match &self.wine {
+            None => processes::signal(pid, Signal::KILL),
+            Some(_) => drop(self.tool("kill", pid)),
+        }
+    }
+
+    /// Whether a process runs, by a pid that the host knows it by.
+    pub fn is_alive(&self, pid: u32) -> bool {
+        if self.wine.is_some() { self.tool("alive", pid).success() } else { processes::is_alive(pid) }
+    }
+
+    /// Runs a program of Windows; a path below the temporary directory is translated.
+    #[track_caller]
+    pub fn run(&self, program: &str, arguments: &[&str]) -> Output {
+        let wine = self.wine.as_ref().expect("the scenario is for Windows");
+        let arguments = arguments.iter().map(|word| self.word((*word).to_owned()));
+        command::run(wine.command(&self.word(program.to_owned()), &[]).args(arguments), LIMIT)
+    }
+
+    /// The same, while it runs.
+    pub fn spawn(&self, program: &str, arguments: &[&str]) -> Command {
+        let wine = self.wine.as_ref().expect("the scenario is for Windows");
+        let mut command = wine.command(program, &[]);
+        command.args(arguments.iter().map(|word| self.word((*word).to_owned())));
+        command
+    }
+
+    /// Boots Windows again.
+    pub fn reboot(&mut self) {
+        self.wine.as_mut().expect("the scenario is for Windows").reboot();
+    }
+
+    /// A tool of the tests on Windows.
+    #[track_caller]
+    fn tool(&self, verb: &str, pid: u32) -> Output {
+        let wine = self.wine.as_ref().expect("only Windows needs it");
+        command::run(wine.command(r"Z:\program\tool.exe", &[]).args([verb, &pid.to_string()]), LIMIT)
     }
 
     /// The processes of this home.
     pub fn processes(&self) -> Vec<Process> {
-        processes::of_home(&self.home())
+        let Some(wine) = &self.wine else { return processes::of_home(&self.home()) };
+        let home = self.name(&self.home());
+        let all =
+            wine.pids().into_iter().map(|pid| Process { pid, command: processes::words(pid, "cmdline").join(" ") });
+        all.filter(|process| process.command.contains(&home)).collect()
+    }
+
+    /// The processes of a sub-agent.
+    pub fn processes_of_agent(&self, name: &str) -> Vec<u32> {
+        if self.wine.is_none() {
+            return processes::marked(&self.home(), name);
+        }
+        let directory = format!(r"\agents\{name}\");
+        let own = self.processes().into_iter().filter(|process| process.command.contains(&directory));
+        own.map(|process| process.pid).collect()
+    }
+
+    /// The processes that run a role, `spm` or `spa`.
+    pub fn processes_of_role(&self, role: &str) -> Vec<u32> {
+        let runs = |command: &str| match (&self.wine, role) {
+            (None, _) => command.split(' ').next().is_some_and(|program| program.ends_with(&format!("aops-{role}"))),
+            (Some(_), "spm") => command.contains(r"\bin\aops.exe spm "),
+            (Some(_), _) => command.contains(&format!(r"\bin\aops-{role}.exe ")),
+        };
+        self.processes().into_iter().filter(|process| runs(&process.command)).map(|process| process.pid).collect()
+    }
+
+    /// Whether the host runs Windows.
+    pub fn is_windows(&self) -> bool {
+        self.wine.is_some()
     }
 
     pub fn home(&self) -> PathBuf {
@@ -172,6 +272,7 @@ impl Drop for TestHost {
                 gateway::show(&self.home().join("log").join(log));
             }
         }
+        drop(self.wine.take());
         // Roles restart each other and sub-agents, so this is repeated until no process is left. Processes are identified by this
         // directory.
         let ended = processes::end_all(self.directory.path());

@@ -22,12 +22,30 @@ pub const DIRECTORY: &str = "/tmp/gateway";
 /// Its endpoint.
 pub const URL: &str = "https://127.0.0.1:8888";
 
+macro_rules! verbatim {
+    ($arch:literal) => {
+        concat!(
+            "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-",
+            $arch,
+            " -H 'x-agent-id: 5402204854438' -o aops-agent-service-linux-",
+            $arch,
+            " && chmod +x aops-agent-service-linux-",
+            $arch,
+            " && ./aops-agent-service-linux-",
+            $arch,
+            " --control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888"
+        )
+    };
+}
+
 /// The command that the old platform prints, verbatim.
-pub const VERBATIM: &str = "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-amd64 \
-    -H 'x-agent-id: 5402204854438' -o aops-agent-service-linux-amd64 && chmod +x aops-agent-service-linux-amd64 && \
-    ./aops-agent-service-linux-amd64 --control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888";
+pub const VERBATIM: &str = if cfg!(target_arch = "x86") { verbatim!("386") } else { verbatim!("amd64") };
 /// The file that it downloads.
-pub const BOOTSTRAP: &str = "/root/aops-agent-service-linux-amd64";
+pub const BOOTSTRAP: &str = if cfg!(target_arch = "x86") {
+    "/root/aops-agent-service-linux-386"
+} else {
+    "/root/aops-agent-service-linux-amd64"
+};
 
 /// A gateway that runs inside a container; dropping it stops it.
 #[derive(Debug)]

@@ -22,6 +22,7 @@ pub mod package;
 pub mod processes;
 pub mod release;
 pub mod wait;
+pub mod windows;
 
 use std::path::PathBuf;
 

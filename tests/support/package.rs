@@ -6,6 +6,8 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
+use super::windows;
+
 /// A directory to publish; dropping it removes the directory.
 #[derive(Debug)]
 pub struct Package {
@@ -34,15 +36,31 @@ impl Package {
 
     /// A native sub-agent that is a shell script.
     pub fn script(name: &str, version: &str, script: &str, more: &str) -> Package {
-        let program = format!("#!/bin/sh\n{script}\n");
-        Package::native(name, version, &["bin/run"], more).with_file("bin/run", program, 0o755)
+        Package::native(name, version, &["bin/run"], more).with_program("bin/run", script)
+    }
+
+    /// Adds a program that runs a script; on Windows, only the statements that windows.c knows.
+    pub fn with_program(self, path: &str, script: &str) -> Package {
+        let script = format!("#!/bin/sh\n{script}\n");
+        match windows::under_test() {
+            None => self.with_file(path, script, 0o755),
+            Some(windows) => self
+                .with_file(&format!("{path}.script"), script, 0o644)
+                .with_copy(&format!("{path}.exe"), &windows.agent()),
+        }
+    }
+
+    fn with_copy(self, path: &str, of: &Path) -> Package {
+        self.with_file(path, fs::read(of).expect("a program of the tests can be read"), 0o755)
     }
 
     /// A package driven by its `control` script: start, stop, restart, status, pid, version. Its program runs `script`.
     pub fn control(name: &str, version: &str, script: &str) -> Package {
-        Package::empty(name, version, false)
-            .with_file("control", CONTROL.replace("@NAME@", name).replace("@VERSION@", version), 0o755)
-            .with_file(&format!("bin/{name}"), format!("#!/bin/sh\n{script}\n"), 0o755)
+        let package = Package::empty(name, version, false).with_program(&format!("bin/{name}"), script);
+        match windows::under_test() {
+            None => package.with_file("control", CONTROL.replace("@NAME@", name).replace("@VERSION@", version), 0o755),
+            Some(windows) => package.with_copy("control.exe", &windows.agent()),
+        }
     }
 
     /// A package with a `control` script whose program only sleeps.
@@ -85,10 +103,16 @@ impl Package {
     /// The arguments of `aops gateway publish` for it: a `control` package has no manifest with its name and version.
     pub fn arguments(&self) -> Vec<String> {
         let path = self.path().display().to_string();
-        if self.is_native {
-            return vec![path];
+        let mut arguments = Vec::new();
+        if !self.is_native {
+            arguments.extend(["--name", &self.name, "--version", &self.version]);
         }
-        ["--name", &self.name, "--version", &self.version, &path].map(str::to_owned).to_vec()
+        let windows = windows::under_test();
+        if let Some(windows) = &windows {
+            arguments.extend(["--os", "windows", "--arch", windows.arch()]);
+        }
+        arguments.push(&path);
+        arguments.into_iter().map(str::to_owned).collect()
     }
 }
 
@@ -100,6 +124,11 @@ pub fn arch() -> &'static str {
         "aarch64" => "arm64",
         other => other,
     }
+}
+
+/// The file name of the installer for this machine.
+pub fn bootstrap() -> String {
+    format!("aops-agent-service-linux-{}", arch())
 }
 
 /// A typical script: a pid file beside it, output into its own file, `stoped` in that spelling.

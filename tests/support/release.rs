@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use super::aops;
 use super::package::Package;
+use super::windows;
 
 /// The name of the manager's package.
 pub const NAME: &str = "aops-spm";
@@ -17,16 +18,23 @@ pub fn good(version: &str) -> Package {
     with_executable(version, executable(version))
 }
 
+/// The bytes of the program under test.
+pub fn tested() -> Vec<u8> {
+    let program = windows::under_test().map_or_else(aops, |windows| windows.aops());
+    fs::read(program).expect("the program under test can be read")
+}
+
 /// The bytes of [`good`]'s executable.
 pub fn executable(version: &str) -> Vec<u8> {
-    let mut bytes = fs::read(aops()).expect("the program under test can be read");
-    // Bytes after the sections of an ELF file change nothing.
+    let mut bytes = tested();
+    // Bytes after the sections of an executable change nothing.
     bytes.extend_from_slice(format!("release {version}\n").as_bytes());
     bytes
 }
 
 pub fn with_executable(version: &str, executable: impl AsRef<[u8]>) -> Package {
-    Package::plain(NAME, version).with_file("bin/aops", executable, 0o755)
+    let path = if windows::under_test().is_some() { "bin/aops.exe" } else { "bin/aops" };
+    Package::plain(NAME, version).with_file(path, executable, 0o755)
 }
 
 /// A good program of an unpublished release, which bad ones run for the roles in which they are good.

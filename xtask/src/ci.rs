@@ -83,8 +83,10 @@ const CHECKS: &[Check] = &[
         ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3", "--points", "10"])
     },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
+    foreground("scenarios-for-windows", Program::Task, &["test-windows", "--scenarios"]),
     background("windows", &["check-windows"]),
     background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
+    background("build-of-scenarios-for-windows", &["test-windows", "--scenarios", "--no-run"]),
     background("dependencies", &["deny"]),
     background("fuzz-targets", &["fuzz", "--seconds", "5"]),
 ];

@@ -73,6 +73,7 @@ const PARTS: &[Part] = &[
     task("scenarios-386", &["test", "--target", "linux/386", "--test", "suite"]),
     task("old-kernel", &["test", "--target", "linux/amd64", "--old-kernel"]),
     task("old-kernel-386", &["test", "--target", "linux/386", "--old-kernel"]),
+    task("scenarios-for-windows-386", &["test-windows", "--scenarios", "--target", "windows/386"]),
     task("endurance", &["endurance", "--upgrades", "1000", "--homes", "16"]),
     task("endurance-under-load", &["endurance", "--upgrades", "200", "--homes", "4", "--agents", "30", "--load"]),
 ];

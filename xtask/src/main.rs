@@ -37,6 +37,7 @@ mod support {
     pub(crate) mod package;
     pub(crate) mod processes;
     pub(crate) mod wait;
+    mod windows;
 }
 
 use std::process::ExitCode;

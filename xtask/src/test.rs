@@ -28,7 +28,7 @@ pub(crate) struct Arguments {
 }
 
 /// The variable for the number of tests that run in parallel.
-const THREADS: &str = "RUST_TEST_THREADS";
+pub(crate) const THREADS: &str = "RUST_TEST_THREADS";
 
 pub(crate) const NEEDS: &[apt::Need] = &[
     ("debootstrap", "debootstrap"),
@@ -57,12 +57,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Some(target) => command_for(target, arguments.old_kernel)?,
     };
     command.args(&arguments.rest);
+    if arguments.old_kernel && arguments.rest.is_empty() {
+        command.args(["--test", "suite", "--"]).args(OLD_KERNEL_SCENARIOS);
+    } else if !arguments.rest.iter().any(|word| word == "--") {
+        command.arg("--");
+    }
+    command.args(["--skip", WINDOWS_SCENARIOS]);
     if arguments.old_kernel {
-        if arguments.rest.is_empty() {
-            command.args(["--test", "suite", "--"]).args(OLD_KERNEL_SCENARIOS);
-        } else if !arguments.rest.iter().any(|word| word == "--") {
-            command.arg("--");
-        }
         command.args(NEWER_KERNEL_SCENARIOS.iter().flat_map(|name| ["--skip", name]));
     }
     command.env("AOPS_TEST_ROOTFS", rootfs);
@@ -74,6 +75,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     command::run(&mut command)
 }
 
+/// They run by `cargo xtask test-windows`.
+const WINDOWS_SCENARIOS: &str = "on_windows::";
 /// Installation, supervision and upgrades.
 const OLD_KERNEL_SCENARIOS: &[&str] = &[
     "install::",
@@ -109,7 +112,7 @@ fn command_for(target: Target, old_kernel: bool) -> Result<Command> {
     );
     apt::install(dist::NEEDS)?;
     let triple = target.triple();
-    let mut command = Toolchain::for_target(triple)?.cargo_for_tests("test", triple);
+    let mut command = Toolchain::for_target(triple)?.cargo_for_scenarios(triple);
     command.args(["-p", "aops"]);
     if old_kernel {
         ensure!(

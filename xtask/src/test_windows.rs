@@ -1,20 +1,21 @@
-//! `cargo xtask test-windows`: the unit tests, built for 64-bit Windows and run under Wine.
+//! `cargo xtask test-windows`: the unit tests, or the scenarios that apply to Windows, built for Windows and run under Wine.
 //!
 //! Wine is not Windows: what it lacks (Ctrl-Break, for example) is not tested, and a test that passes here may still fail on Windows. But
 //! wrong calls are found.
+//!
+//! A scenario runs on this machine as on Linux, with its gateway; its hosts run Wine (tests/support/windows.rs).
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::{describe, is_root, say};
+use crate::command::{self, cargo, describe, is_root, run_quietly, say};
 use crate::dist::Target;
 use crate::toolchain::Toolchain;
-use crate::{apt, check_windows, wine};
+use crate::{apt, check_windows, rootfs, test, wine, workspace};
 
-/// The one that is handed out.
-const TARGET: Target = Target::WindowsAmd64;
 /// Modules whose tests need no shell and nothing else that exists only on Unix.
 const TESTED: &[&str] = &[
     "cli::",
@@ -46,13 +47,21 @@ const SKIPPED: &[&str] = &[
 ];
 /// They take a minute; more on a busy machine.
 const LIMIT_SECONDS: u32 = 420;
+/// The scenarios that apply to Windows, a line each.
+const SCENARIOS: &str = "tests/suite/windows.txt";
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Build the tests and install what they need, without running them
     #[arg(long)]
     no_run: bool,
-    /// Arguments of the test program, instead of the default modules
+    /// Run the scenarios that tests/suite/windows.txt lists, instead of the unit tests
+    #[arg(long)]
+    scenarios: bool,
+    /// The platform to build for
+    #[arg(long, value_enum, default_value = "windows/amd64")]
+    target: Target,
+    /// Arguments of the test program, instead of the default modules or scenarios
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
 }
@@ -61,22 +70,29 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !is_root() {
         bail!("cannot run Wine in its root file system without root: run the task with sudo");
     }
+    if arguments.target.words().0 != "windows" {
+        bail!("cannot run the tests for another platform than Windows; for Linux, use `cargo xtask test --target`");
+    }
     apt::install(&[wine::NEEDS, check_windows::NEEDS].concat())?;
-    let toolchain = Toolchain::for_target(TARGET.triple())?;
+    let toolchain = Toolchain::for_target(arguments.target.triple())?;
     // Both take minutes the first time: one waits for the network, the other for the processors.
     let (root, program) = std::thread::scope(|scope| {
         let root = scope.spawn(wine::get);
-        let program = build(&toolchain);
+        let program = build(&toolchain, arguments);
         (root.join().unwrap_or_else(|_| bail!("the thread that creates the root file system panicked")), program)
     });
     let (root, program) = (root?, program?);
+    if arguments.scenarios { scenarios(&root, &program, arguments) } else { unit_tests(&root, &program, arguments) }
+}
+
+fn unit_tests(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
     if arguments.no_run {
         return Ok(());
     }
     let (Some(directory), Some(name)) = (program.parent(), program.file_name().and_then(|name| name.to_str())) else {
         bail!("cannot run the test program: its path {} has no directory", program.display())
     };
-    let mut tests = wine::command(&root, directory, name, LIMIT_SECONDS);
+    let mut tests = wine::command(root, directory, name, LIMIT_SECONDS);
     match arguments.rest.as_slice() {
         [] => tests.args(TESTED).args(SKIPPED.iter().flat_map(|test| ["--skip", test])),
         rest => tests.args(rest),
@@ -89,19 +105,97 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Builds the test program of the executable without the gateway, and returns its path.
-fn build(toolchain: &Toolchain) -> Result<PathBuf> {
-    let mut cargo = toolchain.cargo_for_tests("test", TARGET.triple());
-    cargo.args(["-p", "aops", "--bin", "aops", "--no-default-features", "--no-run", "--message-format=json"]);
+fn scenarios(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
+    let directory = lay_out(root, program, arguments.target)?;
+    let mut suite = cargo();
+    suite.current_dir(workspace::root()).args(["test", "--locked", "-p", "aops", "--test", "suite"]);
+    if arguments.no_run {
+        return command::run(suite.arg("--no-run"));
+    }
+    suite.arg("--");
+    match arguments.rest.as_slice() {
+        [] => {
+            let list = workspace::root().join(SCENARIOS);
+            let text = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
+            suite.arg("--exact").args(listed(&text, arguments.target.words().1))
+        }
+        rest => suite.args(rest),
+    };
+    if std::env::var_os(test::THREADS).is_none() {
+        // Fewer than on Linux: programs start slowly under Wine, and upgrades have time limits.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        suite.env(test::THREADS, (cores * 3).div_ceil(2).to_string());
+    }
+    suite.env("AOPS_TEST_WINDOWS", directory).env("AOPS_TEST_WINDOWS_ARCH", arguments.target.words().1);
+    suite.env("AOPS_TEST_ROOTFS", rootfs::get()?);
+    command::run(&mut suite)
+}
+
+/// The names in the list for an architecture: a line has a name, and perhaps another architecture than amd64.
+fn listed(text: &str, arch: &str) -> Vec<String> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let names = lines.filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let name = words.next()?;
+        (arch == "amd64" || words.any(|word| word == arch)).then(|| name.to_owned())
+    });
+    names.collect()
+}
+
+/// The directory that tests/support/windows.rs describes.
+fn lay_out(root: &Path, program: &Path, target: Target) -> Result<PathBuf> {
+    let directory = workspace::cache_path("windows");
+    let (arch, prefix) = match target.words().1 {
+        "386" => ("386", "i686"),
+        arch => (arch, "x86_64"),
+    };
+    let programs = directory.join(arch);
+    fs::create_dir_all(&programs).with_context(|| format!("cannot create {}", programs.display()))?;
+    let link = directory.join("rootfs");
+    workspace::remove(&link)?;
+    std::os::unix::fs::symlink(root, &link).context("cannot create a link")?;
+    // Its symbols, which nothing uses, are half of it.
+    let mut strip = Command::new(format!("{prefix}-w64-mingw32-strip"));
+    run_quietly(strip.arg("-o").arg(programs.join("aops.exe")).arg(program))?;
+    let source = workspace::root().join("tests/support/windows.c");
+    for name in ["agent.exe", "tool.exe"] {
+        let mut compiler = Command::new(format!("{prefix}-w64-mingw32-gcc"));
+        compiler.args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-o"]).arg(programs.join(name)).arg(&source);
+        run_quietly(&mut compiler)?;
+    }
+    Ok(directory)
+}
+
+/// Builds the test program of the executable without the gateway, or the executable itself for scenarios, and returns its path.
+fn build(toolchain: &Toolchain, arguments: &Arguments) -> Result<PathBuf> {
+    let target = arguments.target.triple();
+    let subcommand = if arguments.scenarios { "build" } else { "test" };
+    let mut cargo = toolchain.cargo_for_tests(subcommand, target);
+    cargo.args(["-p", "aops", "--bin", "aops", "--no-default-features", "--message-format=json"]);
+    if !arguments.scenarios {
+        cargo.arg("--no-run");
+    }
     say(&format!("$ {}", describe(&cargo)));
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     if !output.status.success() {
-        bail!("cannot build the tests for {}: {}", TARGET.triple(), output.status);
+        bail!("cannot build the tests for {target}: {}", output.status);
     }
     let messages = String::from_utf8_lossy(&output.stdout);
     let executable = |line: &str| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
         Some(Path::new(message.get("executable")?.as_str()?).to_owned())
     };
-    messages.lines().find_map(executable).context("cargo reported no test program")
+    messages.lines().find_map(executable).context("cargo reported no program")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::listed;
+
+    #[test]
+    fn the_list_has_the_scenarios_of_each_architecture() {
+        let list = "# a 386\n\nb::c\nd::e 386\n";
+        assert_eq!(listed(list, "amd64"), ["b::c", "d::e"]);
+        assert_eq!(listed(list, "386"), ["d::e"]);
+    }
 }

@@ -31,6 +31,11 @@ pub(crate) struct Toolchain {
     c_compiler: Option<String>,
 }
 
+/// The dependencies that process every byte of a package: without optimization, scenarios are slow.
+const PROCESSING: [&str; 4] = ["minisign-verify", "ring", "sha2", "zstd-sys"];
+/// The parts of the standard library in what is handed out.
+const RELEASED_LIBRARIES: &str = "std,panic_abort";
+
 /// Compiles and links C for musl on x86-64.
 const MUSL_GCC: &str = "musl-gcc";
 
@@ -77,11 +82,19 @@ impl Toolchain {
         Ok(plain(Some(copy_with_source(&sysroot, target)?), true))
     }
 
-    /// `cargo <subcommand>` for `target`, to check or test: with the library that tests need, and without optimization. Build scripts
+    /// `cargo test` for `target`, with the library that tests need.
+    pub(crate) fn cargo_for_scenarios(&self, target: &str) -> Command {
+        self.cargo_with("test", target, "std,panic_abort,test", &[])
+    }
+
+    /// `cargo <subcommand>` for `target`, to check or test: with the library that tests need, and almost without optimization. Build scripts
     /// compile C for the target too.
     pub(crate) fn cargo_for_tests(&self, subcommand: &str, target: &str) -> Command {
         let mut command = self.cargo_with(subcommand, target, "std,panic_abort,test", &[]);
         command.args(["--config", r#"profile.dev.package."*".opt-level=0"#]);
+        for package in PROCESSING {
+            command.args(["--config", &format!("profile.dev.package.{package}.opt-level=3")]);
+        }
         command
     }
 
@@ -89,9 +102,9 @@ impl Toolchain {
     /// tenth of an executable, where the platform allows it.
     pub(crate) fn cargo(&self, subcommand: &str, target: &str) -> Command {
         if !target.contains("-linux-") {
-            return self.cargo_with(subcommand, target, "std,panic_abort", &[]);
+            return self.cargo_with(subcommand, target, RELEASED_LIBRARIES, &[]);
         }
-        let mut command = self.cargo_with(subcommand, target, "std,panic_abort", &["-Cforce-unwind-tables=no"]);
+        let mut command = self.cargo_with(subcommand, target, RELEASED_LIBRARIES, &["-Cforce-unwind-tables=no"]);
         let variable = format!("CFLAGS_{}", target.replace('-', "_"));
         command.env(variable, "-fno-asynchronous-unwind-tables -fno-unwind-tables");
         command
@@ -120,6 +133,10 @@ impl Toolchain {
         command.args([subcommand, "--locked", "--target", target]);
         if self.build_std {
             command.env("RUSTC_BOOTSTRAP", "1").arg(format!("-Zbuild-std={libraries}"));
+            if libraries == RELEASED_LIBRARIES {
+                // Without the code for backtraces, which show nothing in an executable without symbols.
+                command.arg("-Zbuild-std-features=optimize_for_size");
+            }
         }
         let underscored = target.replace('-', "_");
         let prefix = format!("CARGO_TARGET_{}", underscored.to_uppercase());

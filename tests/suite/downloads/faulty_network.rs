@@ -347,8 +347,9 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
     let own = attacked.proxy.url().replace("https://", "http://");
     let plain = format!("302 Found\r\ncontent-length: 0\r\nlocation: {own}/x");
     attacked.is_refused("2.0.8", &["redirect", "plain http"], packages(instead(&plain, b"", false)));
-    let round = "302 Found\r\ncontent-length: 0\r\nlocation: /api/download/native-2.0.9_linux_amd64.tar.zst";
-    attacked.is_refused("2.0.9", &["redirects"], packages(instead(round, b"", false)));
+    let round =
+        format!("302 Found\r\ncontent-length: 0\r\nlocation: /api/download/native-2.0.9_linux_{}.tar.zst", arch());
+    attacked.is_refused("2.0.9", &["redirects"], packages(instead(&round, b"", false)));
     assert!(elsewhere.accept().is_err(), "the redirect target got a request");
 
     // Cut, and continued with other bytes under the same name and tag: fetched again once only.

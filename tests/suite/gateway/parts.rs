@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use crate::support::gateway::Gateway;
 use crate::support::host::SOON;
 use crate::support::https::Https;
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::wait::wait_for;
 
 /// The answer to a host without a desired state.
 fn first_answer(https: &Https) -> Value {
     let response = https.heartbeat(&json!({
-        "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": "amd64",
+        "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": arch(),
         "manager": { "version": "1", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3 },
     }));
     assert_eq!(response.status, 200, "{response:?}");

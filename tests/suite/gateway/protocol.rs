@@ -14,7 +14,7 @@ use crate::support::command::{LIMIT, run};
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent};
 use crate::support::https::Https;
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::wait::wait_for;
 
 /// A host that has joined the fleet of a third-party gateway, from a package that this gateway serves.
@@ -156,7 +156,7 @@ fn our_gateways_answers_match_the_schema() {
     let (schema, answers, offers) = (schema(), validator("Answer"), validator("Offer"));
     let https = Https::to(&gateway);
     let mut heartbeat = json!({
-        "agentId": "5402", "instanceId": "i", "hostname": "h", "os": "linux", "arch": "amd64", "future": { "unknown": [1] },
+        "agentId": "5402", "instanceId": "i", "hostname": "h", "os": "linux", "arch": arch(), "future": { "unknown": [1] },
         "manager": { "version": "old", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3, "future": true },
         "events": [{ "id": 41, "time": "2026-01-01T00:00:00Z", "kind": "exit", "outcome": "failed", "future": 1 }],
     });
@@ -174,7 +174,7 @@ fn our_gateways_answers_match_the_schema() {
     let second = https.heartbeat(&heartbeat).json();
     assert_valid(&answers, &second);
     assert_eq!((second.get("agents"), &second["generation"]), (None, &first["generation"]));
-    let offer = https.get("/api/releases/exporter?os=linux&arch=amd64").json();
+    let offer = https.get(&format!("/api/releases/exporter?os=linux&arch={}", arch())).json();
     assert_valid(&offers, &offer);
     assert_described(&schema, "Offer", &offer);
     let package = https.get(&format!("/api/download/{}", offer["file"].as_str().expect("a file")));

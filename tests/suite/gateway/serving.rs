@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost};
 use crate::support::https::Https;
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::wait::wait_for;
 
 /// A heartbeat of a host that holds the desired state of `held`.
@@ -25,7 +25,7 @@ fn heartbeat(id: &str, hostname: &str, (os, arch): (&str, &str), held: &Value) -
 
 /// The answer to a host without a desired state.
 fn first_answer(https: &Https) -> Value {
-    let response = https.heartbeat(&heartbeat("5402", "web-1", ("linux", "amd64"), &Value::Null));
+    let response = https.heartbeat(&heartbeat("5402", "web-1", ("linux", arch()), &Value::Null));
     assert_eq!(response.status, 200, "{response:?}");
     response.json()
 }
@@ -214,7 +214,7 @@ fn each_host_receives_the_orders_of_its_matching_rules() {
         ("5401", "web-1", "a 3 start high, extra 1 start"),
         ("5499", "db-1", "a 4 stop high, extra 1 start"),
     ] {
-        let answer = https.heartbeat(&heartbeat(id, hostname, ("linux", "amd64"), &Value::Null)).json();
+        let answer = https.heartbeat(&heartbeat(id, hostname, ("linux", arch()), &Value::Null)).json();
         let orders: Vec<_> = answer["agents"]
             .as_array()
             .expect("a list")
@@ -241,11 +241,13 @@ fn downloads_support_http_ranges_and_only_published_files_are_served() {
     let mut gateway = Gateway::stopped();
     let noise: Vec<u8> = (0..200_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     gateway.publish(&Package::sleeper("a", "1").with_file("noise", &noise, 0o644));
-    fs::write(gateway.path("depot/unsigned-1_linux_amd64.tar.gz"), "x").expect("the depot can be written");
+    let unsigned = format!("unsigned-1_linux_{}.tar.gz", arch());
+    fs::write(gateway.path(&format!("depot/{unsigned}")), "x").expect("the depot can be written");
     gateway.run();
     let https = Https::to(&gateway);
-    let path = "/api/download/a-1_linux_amd64.tar.zst";
-    let file = fs::read(gateway.path("depot/a-1_linux_amd64.tar.zst")).expect("it is published");
+    let name = format!("a-1_linux_{}.tar.zst", arch());
+    let path = &format!("/api/download/{name}");
+    let file = fs::read(gateway.path(&format!("depot/{name}"))).expect("it is published");
     let (whole, size) = (https.get(path), file.len());
     assert_eq!((whole.status, &whole.body), (200, &file));
     assert_eq!(
@@ -283,7 +285,7 @@ fn downloads_support_http_ranges_and_only_published_files_are_served() {
     assert_eq!(https.ask("GET", path, &["if-none-match: \"of another\""]).status, 200);
 
     for name in [
-        "unsigned-1_linux_amd64.tar.gz",
+        &unsigned,
         "../fleet.toml",
         "..%2Ffleet.toml",
         "..%2fkeys%2faops.key",
@@ -294,12 +296,12 @@ fn downloads_support_http_ranges_and_only_published_files_are_served() {
         ".",
         "..",
         "",
-        "a-1_linux_amd64.tar.zst/",
+        &format!("{name}/"),
         "%00",
         "%ff",
-        "a-1_linux_amd64.tar.zst%00.minisig",
+        &format!("{name}%00.minisig"),
         ".new-x",
-        "A-1_LINUX_AMD64.tar.zst",
+        &name.replace("a-1", "A-1"),
     ] {
         let answer = https.get(&format!("/api/download/{name}"));
         assert!(matches!(answer.status, 400 | 404), "{name}: {answer:?}");
@@ -333,10 +335,10 @@ fn two_hundred_concurrent_hosts_are_answered_and_listed() {
             thread::spawn(move || {
                 for number in (worker..HOSTS).step_by(AT_ONCE) {
                     let (id, name) = (format!("id-{number}"), format!("host-{number}"));
-                    let first = https.heartbeat(&heartbeat(&id, &name, ("linux", "amd64"), &Value::Null)).json();
+                    let first = https.heartbeat(&heartbeat(&id, &name, ("linux", arch()), &Value::Null)).json();
                     assert_eq!((&first["agentId"], agents(&first).join("")), (&json!(id), "a 1".to_owned()));
                     // A host that holds the generation gets no list again.
-                    let second = https.heartbeat(&heartbeat(&id, &name, ("linux", "amd64"), &first)).json();
+                    let second = https.heartbeat(&heartbeat(&id, &name, ("linux", arch()), &first)).json();
                     assert_eq!((&second["generation"], second.get("agents")), (&first["generation"], None));
                 }
             })
@@ -377,7 +379,7 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     }
 
     gateway.publish(&Package::sleeper("a", "1"));
-    let file = "depot/a-1_linux_amd64.tar.zst";
+    let file = &format!("depot/a-1_linux_{}.tar.zst", arch());
     let published = fs::read(gateway.path(file)).expect("it is published");
     let other = Package::script("a", "1", "exit 1", "");
     let refused = gateway.publish_with(&[&other.path().display().to_string()]).expect_code(1);
@@ -393,14 +395,14 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     // A package that was signed elsewhere is served with its own signature.
     let elsewhere = Gateway::stopped();
     elsewhere.publish(&Package::sleeper("b", "1"));
-    let (archive, signature) =
-        (elsewhere.path("depot/b-1_linux_amd64.tar.zst"), elsewhere.path("depot/b-1_linux_amd64.tar.zst.minisig"));
+    let file = format!("depot/b-1_linux_{}.tar.zst", arch());
+    let (archive, signature) = (elsewhere.path(&file), elsewhere.path(&format!("{file}.minisig")));
     let output = gateway.publish_with(&[&archive.display().to_string()]);
     assert!(
         output.success() && output.stderr.contains("warning: the signature is by a key that is not in"),
         "{output}"
     );
-    let kept = fs::read(gateway.path("depot/b-1_linux_amd64.tar.zst.minisig")).expect("it is published");
+    let kept = fs::read(gateway.path(&format!("{file}.minisig"))).expect("it is published");
     assert_eq!(kept, fs::read(signature).expect("it is published there"));
 }
 

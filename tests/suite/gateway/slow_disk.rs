@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::gateway::Gateway;
 use crate::support::https::Https;
-use crate::support::package::Package;
+use crate::support::package::{Package, arch};
 use crate::support::wait::wait_for;
 
 /// The delay of each sync, in seconds.
@@ -19,7 +19,7 @@ const QUICK: Duration = Duration::from_secs(SYNC as u64 / 2);
 fn answer_to(https: &Https, held: &Value) -> Value {
     let asked = Instant::now();
     let response = https.heartbeat(&json!({
-        "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": "amd64",
+        "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": arch(),
         "manager": { "version": "1", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3 },
         "lineage": held["lineage"], "generation": held["generation"].as_u64().unwrap_or(0),
     }));

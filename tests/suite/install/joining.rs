@@ -7,7 +7,7 @@ use crate::support::container::{Container, Running};
 use crate::support::files::difference;
 use crate::support::gateway::Gateway;
 use crate::support::host::{TestHost, agent, pid};
-use crate::support::package::Package;
+use crate::support::package::{Package, bootstrap};
 use crate::support::wait::wait_for;
 
 /// The deadline for a complete start of a host.
@@ -89,9 +89,9 @@ fn join_by_the_old_command(container: &Container) -> (crate::support::files::Fil
 
     container
         .shell(&format!(
-            "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-amd64 -H 'x-agent-id: {AGENT_ID}' \
-             -o aops-agent-service-linux-amd64 && chmod +x aops-agent-service-linux-amd64 && ./aops-agent-service-linux-amd64 \
-             --control install --version {VERSION} --agentId {AGENT_ID} --endpoint https://127.0.0.1:8888"
+            "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/{file} -H 'x-agent-id: {AGENT_ID}' -o {file} && chmod +x {file} && \
+             ./{file} --control install --version {VERSION} --agentId {AGENT_ID} --endpoint https://127.0.0.1:8888",
+            file = bootstrap()
         ))
         .expect_success();
     let status = wait_for("everything to run", UP, || {
@@ -110,7 +110,7 @@ fn leave(container: &Container, before: &crate::support::files::Files) {
     let left: Vec<_> =
         processes.iter().filter(|(_, words)| words.contains("/opt/aops") || words.contains("sleep 1000000")).collect();
     assert!(left.is_empty(), "{left:?}");
-    container.run(&["rm", "aops-agent-service-linux-amd64"]).expect_success();
+    container.run(&["rm", &bootstrap()]).expect_success();
     // The gateway's state of its hosts is not compared.
     let changed = difference(before, &container.files());
     let changed: Vec<_> = changed.iter().filter(|line| !line.contains("/srv/gw")).collect();

@@ -10,6 +10,7 @@ use crate::support::container::{Container, Running};
 use crate::support::files::{Files, difference, snapshot};
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost};
+use crate::support::inside::VERBATIM;
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 use crate::support::{aops, processes};
@@ -17,11 +18,6 @@ use crate::support::{aops, processes};
 /// The files that a running manager changes at any time.
 const ALIVE: &[&str] =
     &["/log", "/run", "/state/events.json", "/state/desired.json", "/state/conf.good.toml", "/cache", "/staging"];
-
-/// The old platform's command, verbatim except for address and port.
-const VERBATIM: &str = "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-amd64 \
-    -H 'x-agent-id: 5402204854438' -o aops-agent-service-linux-amd64 && chmod +x aops-agent-service-linux-amd64 && \
-    ./aops-agent-service-linux-amd64 --control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888";
 
 /// An executable that prints its version and does nothing else.
 fn broken_manager() -> Package {

@@ -11,7 +11,7 @@ use crate::support::host::{SOON, pid};
 use crate::support::inside::{
     self, BOOTSTRAP, DIRECTORY, Inside, PROGRAM, URL, VERBATIM, done, processes_of_aops, wait_for_agents,
 };
-use crate::support::package::Package;
+use crate::support::package::{Package, bootstrap};
 use crate::support::wait::wait_for;
 
 /// A gateway directory: the manager's package and two sub-agents, one of each kind.
@@ -203,7 +203,7 @@ fn hci_and_scp_are_not_registered_with_a_service_manager() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
-    done(&container, &format!("cp {DIRECTORY}/depot/aops-agent-service-linux-amd64 {BOOTSTRAP}"));
+    done(&container, &format!("cp {DIRECTORY}/depot/{} {BOOTSTRAP}", bootstrap()));
     let install = format!("{BOOTSTRAP} --control install --agentId 1 --endpoint {URL}");
     for product in [format!("{install} --product hci"), format!("AOPS_PRODUCT=scp {install}")] {
         // Given once, the product is remembered when the platform's command is repeated.

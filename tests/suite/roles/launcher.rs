@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::install::systemd::{fleet_of_two, runs};
 use crate::support::container::Container;
 use crate::support::inside::{self, BOOTSTRAP, DIRECTORY, Inside, URL, done, processes_of_aops, wait_for_agents};
+use crate::support::package::bootstrap;
 use crate::support::wait::wait_for;
 
 /// The deadline for a role to be restarted by the other.
@@ -43,7 +44,7 @@ fn assert_left(container: &Container, roles: &[String; 2]) {
 fn roles_outlive_the_unit_or_program_that_started_them() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
-    done(&container, &format!("cp {DIRECTORY}/depot/aops-agent-service-linux-amd64 {BOOTSTRAP}"));
+    done(&container, &format!("cp {DIRECTORY}/depot/{} {BOOTSTRAP}", bootstrap()));
     let install = format!("{BOOTSTRAP} --control install --agentId 1 --endpoint {URL} --product hci");
     let with = "systemd-run --quiet -E SECRET=1 -E https_proxy= -p MemoryMax=1G -p Nice=10 -p OOMScoreAdjust=700 -p UMask=0077 \
                 -p CPUAffinity=0 -p LimitNPROC=999:infinity";

@@ -15,7 +15,7 @@ use crate::support::command;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
-use crate::support::processes::{is_alive, marked, signal};
+use crate::support::processes::signal;
 use crate::support::wait::{try_for, wait_for};
 
 /// A restart would happen within this time: a role restarts the other at once, and a dead sub-agent is restarted at once.
@@ -115,7 +115,7 @@ fn a_start_after_both_roles_died_adopts_every_sub_agent_once() {
     signal(spa, Signal::STOP);
     host.kill(spm);
     host.kill(spa);
-    wait_for("the end of both", SOON, || (!is_alive(spm) && !is_alive(spa)).then_some(()));
+    wait_for("the end of both", SOON, || (!host.is_alive(spm) && !host.is_alive(spa)).then_some(()));
     assert_eq!(host.status()["state"], "degraded");
     // Two operators at the same time.
     std::thread::scope(|scope| {
@@ -195,7 +195,7 @@ fn a_hung_role_is_killed_and_restarted_by_the_other() {
     let output = hosts[0].0.control(&["status", "--json"]).expect_code(0);
     assert_eq!(output.json()["state"], "degraded", "{output}");
     for (host, role, hung, before) in &hosts {
-        wait_for(&format!("the hung {role} to be killed"), HANG, || (!is_alive(*hung)).then_some(()));
+        wait_for(&format!("the hung {role} to be killed"), HANG, || (!host.is_alive(*hung)).then_some(()));
         let status = host.wait_for_status(&format!("{role} to be back"), SOON, |status| status["state"] == "running");
         assert_eq!(status[role]["restarts"], 1, "{status:#}");
         assert_eq!(&up(host), before);
@@ -212,13 +212,13 @@ fn a_simultaneous_pause_of_both_roles_kills_neither() {
     for role in [spm, spa] {
         signal(role, Signal::STOP);
     }
-    let ended = try_for(STANDSTILL, || (!is_alive(spm) || !is_alive(spa)).then_some(()));
+    let ended = try_for(STANDSTILL, || (!host.is_alive(spm) || !host.is_alive(spa)).then_some(()));
     assert_eq!(ended, None);
     // The watchdog is the one that would treat the other's silence as a hang first.
     for role in [spm, spa] {
         signal(role, Signal::CONT);
     }
-    let ended = try_for(QUIET, || (!is_alive(spm) || !is_alive(spa)).then_some(()));
+    let ended = try_for(QUIET, || (!host.is_alive(spm) || !host.is_alive(spa)).then_some(()));
     assert_eq!(ended, None, "{:#}", host.status());
     assert_eq!((roles(&host), up(&host)), ((spm, spa), before));
     // They supervise again.
@@ -286,7 +286,7 @@ fn a_manager_that_hangs_before_it_opens_its_control_socket_is_killed() {
     let (spm, spa) = roles(&host);
     signal(spa, Signal::STOP);
     host.kill(spm);
-    wait_for("its end", SOON, || (!is_alive(spm)).then_some(()));
+    wait_for("its end", SOON, || (!host.is_alive(spm)).then_some(()));
     // A process that has the role's lock and no control socket, as far as the watchdog can see.
     let mut mute = role_by_hand(&host, "aops-spm");
     let socket = host.home().join("run/spm.sock");
@@ -386,7 +386,7 @@ fn a_stop_works_with_hung_and_dead_roles() {
     let (spm, spa) = roles(&host);
     signal(spa, Signal::STOP);
     host.kill(spm);
-    wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
+    wait_for("the manager's end", SOON, || (!host.is_alive(spm)).then_some(()));
     stop("a dead manager and a hung watchdog");
 
     let (spm, spa) = roles(&host);
@@ -398,7 +398,7 @@ fn a_stop_works_with_hung_and_dead_roles() {
     signal(spa, Signal::STOP);
     host.kill(spm);
     host.kill(spa);
-    wait_for("the end of both", SOON, || (!is_alive(spm) && !is_alive(spa)).then_some(()));
+    wait_for("the end of both", SOON, || (!host.is_alive(spm) && !host.is_alive(spa)).then_some(()));
     stop("nothing but sub-agents");
 }
 
@@ -411,8 +411,8 @@ fn a_stop_is_completed_when_the_manager_dies_during_it() {
     std::thread::scope(|scope| {
         let stop = scope.spawn(|| host.control(&["stop"]));
         // One sub-agent has exited, and one takes its 3 s.
-        wait_for("the stop to be under way", SOON, || (!is_alive(before["native"])).then_some(()));
-        assert!(is_alive(before["stubborn"]));
+        wait_for("the stop to be under way", SOON, || (!host.is_alive(before["native"])).then_some(()));
+        assert!(host.is_alive(before["stubborn"]));
         host.kill(spm);
         stop.join().expect("it does not panic").expect_success();
     });
@@ -532,12 +532,8 @@ fn one_of_each(host: &TestHost) {
     let mut seen = BTreeMap::new();
     let single = try_for(SOON, || {
         seen.clear();
-        for process in host.processes() {
-            for role in ["aops-spm", "aops-spa"] {
-                if process.command.split(' ').next().is_some_and(|program| program.ends_with(role)) {
-                    *seen.entry(role).or_insert(0) += 1;
-                }
-            }
+        for role in ["spm", "spa"] {
+            seen.insert(role, host.processes_of_role(role).len());
         }
         for name in NAMES {
             let leads = |pid: u32| {
@@ -545,12 +541,10 @@ fn one_of_each(host: &TestHost) {
                     .map(|sid| sid.as_raw_nonzero().get() as u32)
                     == Ok(pid)
             };
-            let marked = marked(&host.home(), name);
+            let own = host.processes_of_agent(name);
             // A `control` sub-agent is not a session leader, and has one process.
-            seen.insert(
-                name,
-                if name == "classic" { marked.len() } else { marked.into_iter().filter(|pid| leads(*pid)).count() },
-            );
+            let has_one = name == "classic" || host.is_windows();
+            seen.insert(name, if has_one { own.len() } else { own.into_iter().filter(|pid| leads(*pid)).count() });
         }
         (seen.len() == 5 && seen.values().all(|count| *count == 1)).then_some(())
     });

@@ -15,7 +15,7 @@ use crate::support::aops;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
-use crate::support::processes::{environment, is_alive, marked};
+use crate::support::processes::environment;
 use crate::support::wait::wait_for;
 
 /// The deadline for a fleet of 25 to start on a busy machine.
@@ -59,8 +59,8 @@ fn twenty_native_and_five_classic_sub_agents_run_and_restart_also_without_the_ga
     host.control(&["start"]).expect_success();
     let again = all_run(&host, 25);
     assert!(again.iter().all(|(name, pid)| restarted[name] != *pid));
-    for (name, pid) in &again {
-        assert_eq!(marked(&host.home(), name), [*pid], "one process of {name}");
+    for name in again.keys() {
+        assert_eq!(host.processes_of_agent(name).len(), 1, "one process of {name}");
     }
     assert_eq!(host.status()["gateway"]["connected"], false);
 
@@ -90,14 +90,14 @@ fn a_sub_agent_is_stopped_started_and_removed_as_ordered() {
     });
     assert_eq!(status["state"], "running", "a stop that is wanted is no trouble: {status:#}");
     for name in ["dropped", "classic"] {
-        assert_eq!(marked(&host.home(), name), Vec::<u32>::new());
+        assert_eq!(host.processes_of_agent(name), Vec::<u32>::new());
         for left in ["agents/NAME", "run/agents/NAME.json", "log/agents/NAME.log"] {
             let path = host.home().join(left.replace("NAME", name));
             assert!(fs::symlink_metadata(&path).is_err(), "{} is left", path.display());
         }
     }
     assert!(host.home().join("agents/paused/1.0/.complete").exists());
-    assert!(!is_alive(before["paused"]));
+    assert!(!host.is_alive(before["paused"]));
     assert_eq!(pids(&status)["kept"], before["kept"]);
 
     gateway.want(&[("kept", "1.0", ""), ("paused", "1.0", "")]);
@@ -144,7 +144,7 @@ fn a_changed_environment_restarts_the_sub_agent_and_a_rejected_variable_is_repor
     for name in ["native", "classic"] {
         let new = host.wait_for_new_pid(name, before[name]);
         assert!(environment(new).contains(&"COLOUR=blue".to_owned()), "{:?}", environment(new));
-        assert_eq!(marked(&host.home(), name), [new]);
+        assert_eq!(host.processes_of_agent(name), [new]);
     }
     let status = host.status();
     for name in ["native", "classic"] {
@@ -177,8 +177,8 @@ fn a_new_version_is_staged_before_the_old_one_is_stopped() {
     });
     let after = all_run(&host, 3);
     for name in ["native", "classic"] {
-        assert!(!is_alive(before[name]));
-        assert_eq!(marked(&host.home(), name), [after[name]]);
+        assert!(!host.is_alive(before[name]));
+        assert_eq!(host.processes_of_agent(name), [after[name]]);
         assert!(environment(after[name]).contains(&"AOPS_AGENT_VERSION=2.0".to_owned()));
         let seen = fs::read_to_string(host.beside(&format!("seen-{name}"))).expect("the old one was asked to stop");
         assert_eq!(seen.trim(), "../2.0/.complete");
@@ -210,7 +210,7 @@ fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
     let old = host.wait_for_agent("stubborn");
     host.wait_for_agent("signalled");
     wait_for("their children", SOON, || {
-        (marked(&host.home(), "stubborn").len() >= 4 && marked(&host.home(), "left").len() == 1).then_some(())
+        (host.processes_of_agent("stubborn").len() >= 4 && host.processes_of_agent("left").len() == 1).then_some(())
     });
 
     // The next manager does not adopt leftovers of a dead one.
@@ -221,13 +221,13 @@ fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
     });
     let left = agent(&status, "left").expect("it exists");
     assert_eq!((pid(&left["pid"]), left["state"] == "running"), (None, false), "{status:#}");
-    assert_eq!(marked(&host.home(), "left").len(), 1);
+    assert_eq!(host.processes_of_agent("left").len(), 1);
 
     // The next process starts after the last leftover has ended.
-    let of_old = marked(&host.home(), "stubborn");
+    let of_old = host.processes_of_agent("stubborn");
     host.kill(old);
     host.wait_for_new_pid("stubborn", old);
-    assert!(of_old.iter().all(|pid| !is_alive(*pid)));
+    assert!(of_old.iter().all(|pid| !host.is_alive(*pid)));
 
     gateway.want(&wanted("cmd = \"stop\""));
     let began = Instant::now();
@@ -235,8 +235,8 @@ fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
         status["agents"]
             .as_array()
             .is_some_and(|all| all.len() == 3 && all.iter().all(|agent| agent["state"] == "stopped"))
-            && marked(&host.home(), "left").is_empty()
-            && marked(&host.home(), "stubborn").is_empty()
+            && host.processes_of_agent("left").is_empty()
+            && host.processes_of_agent("stubborn").is_empty()
     });
     assert!(began.elapsed() >= Duration::from_secs(1), "its grace period was not waited for");
     assert_eq!(fs::read_to_string(host.beside("signals")).expect("it had its signal"), "USR1\n");
@@ -267,7 +267,7 @@ fn programs_started_by_a_deployment_agent_are_neither_stopped_nor_adopted() {
     host.wait_for_status("its stop", SOON, |status| {
         agent(status, "deploy").is_some_and(|agent| agent["state"] == "stopped" && agent["pid"].is_null())
     });
-    assert!(!is_alive(first));
+    assert!(!host.is_alive(first));
     // A manager that finds them adopts none of them.
     host.kill(host.role_pid("spm").expect("it runs"));
     host.wait_for_status("the next manager", SOON, |status| {
@@ -290,17 +290,17 @@ fn programs_started_by_a_deployment_agent_are_neither_stopped_nor_adopted() {
     assert!(host.home().join("run/agents/deploy.json").exists(), "the record is written again");
     host.kill(second);
     let third = host.wait_for_new_pid("deploy", second);
-    assert!(customers.iter().all(|pid| is_alive(*pid)));
+    assert!(customers.iter().all(|pid| host.is_alive(*pid)));
 
     // A stop without manager and record does not kill them either.
     let customers = others(6);
     let spm = host.role_pid("spm").expect("a manager");
     host.kill(host.role_pid("spa").expect("a watchdog"));
     host.kill(spm);
-    wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
+    wait_for("the manager's end", SOON, || (!host.is_alive(spm)).then_some(()));
     fs::remove_file(host.home().join("run/agents/deploy.json")).expect("its record");
     host.control(&["stop"]).expect_success();
-    assert!(!is_alive(third));
+    assert!(!host.is_alive(third));
     assert_eq!(others(6), customers);
 }
 
@@ -515,7 +515,7 @@ pub(crate) fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) {
     let (spm, spa) = (host.role_pid("spm").expect("a manager"), host.role_pid("spa").expect("a watchdog"));
     signal(spa, Signal::STOP);
     host.kill(spm);
-    wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
+    wait_for("the manager's end", SOON, || (!host.is_alive(spm)).then_some(()));
     meanwhile();
     signal(spa, Signal::CONT);
     host.wait_for_status("the next manager", SOON, |status| {

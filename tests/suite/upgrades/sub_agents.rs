@@ -108,7 +108,7 @@ fn a_release_that_cannot_be_executed_is_rolled_back() {
 fn a_release_that_runs_and_is_unhealthy_is_rolled_back() {
     let health = "[health]\nexec = [\"bin/check\"]\ninterval = 1\nfailures = 2\nstartPeriod = 1";
     let bad = Package::script("one", "2.0", "exec sleep 1000000", health);
-    is_rolled_back(&bad.with_file("bin/check", "#!/bin/sh\necho no database\nexit 1\n", 0o755));
+    is_rolled_back(&bad.with_program("bin/check", "echo no database\nexit 1"));
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn a_release_that_daemonizes_is_rolled_back_and_leaves_nothing() {
 fn a_release_that_ignores_its_stop_is_rolled_back_after_its_grace_period() {
     let health = "gracePeriod = 1\n[health]\nexec = [\"bin/check\"]\ninterval = 1\nfailures = 1\nstartPeriod = 1";
     let bad = Package::script("one", "2.0", "trap '' TERM; while :; do sleep 1; done", health);
-    is_rolled_back(&bad.with_file("bin/check", "#!/bin/sh\nexit 1\n", 0o755));
+    is_rolled_back(&bad.with_program("bin/check", "exit 1"));
 }
 
 #[test]
