@@ -308,6 +308,10 @@ impl Client {
             ureq::Error::Timeout(_) => {
                 format!("cannot get an answer from {origin}: nothing was received for {:?}", self.timeouts.stall)
             }
+            // The C library of a static executable gives up earlier than our timeout.
+            ureq::Error::Io(error) if is_unanswered_lookup(&error) => {
+                format!("cannot reach {origin}: no name server answered; check this host's name servers")
+            }
             ureq::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused => match proxy {
                 Some(_) => format!("cannot reach {origin}: the proxy refused the connection; is it running there?"),
                 None => format!("cannot reach {origin}: the connection was refused; is the gateway running there?"),
@@ -321,6 +325,14 @@ impl Client {
         };
         anyhow::Error::new(NoResponse(text))
     }
+}
+
+/// Whether a name could not be looked up because no name server answered: the words of musl and of glibc for `EAI_AGAIN`, which has no
+/// kind of its own.
+pub(super) fn is_unanswered_lookup(error: &io::Error) -> bool {
+    let text = error.to_string();
+    let again = ["Try again", "Temporary failure in name resolution"];
+    text.starts_with("failed to lookup address information") && again.iter().any(|words| text.ends_with(words))
 }
 
 /// Whether the connection was closed before any answer arrived.

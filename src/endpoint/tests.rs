@@ -10,12 +10,21 @@ use rcgen::{BasicConstraints, IsCa, KeyPair, date_time_ymd};
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::client::redirected;
+use super::client::{is_unanswered_lookup, redirected};
 use super::testing::{CannedResponse, ReceivedRequest, Server, TestIdentity, issued, self_signed, self_signed_by};
 use super::*;
 
 fn client(trust: &Trust) -> Client {
     Client::new(trust, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
+}
+
+#[test]
+fn a_lookup_without_an_answer_is_recognized_with_each_c_library() {
+    let error = |text: &str| std::io::Error::other(format!("failed to lookup address information: {text}"));
+    assert!(is_unanswered_lookup(&error("Try again")));
+    assert!(is_unanswered_lookup(&error("Temporary failure in name resolution")));
+    assert!(!is_unanswered_lookup(&error("Name does not resolve")));
+    assert!(!is_unanswered_lookup(&std::io::Error::other("Try again")));
 }
 
 fn server_with(identity: &TestIdentity) -> Server {
