@@ -154,6 +154,9 @@ pub fn is_root() -> bool {
 /// Whether asking a process to exit also asks the processes that it has started: those that share its console.
 pub const SIGNALS_REACH_CHILDREN: bool = true;
 
+/// The rights that an installation with services needs, for messages.
+pub const ADMINISTRATION: &str = "an elevated command prompt";
+
 /// An example of how to start a home at boot without a service manager.
 pub const START_AT_BOOT: &str = "`schtasks /create /tn aops /sc onstart /ru SYSTEM /tr \"{control} start\"`";
 

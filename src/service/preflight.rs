@@ -414,7 +414,10 @@ fn registration(
         (ServiceChoice::Auto, ServiceRegistration::Auto, kind) if root => (kind, None),
         (ServiceChoice::Auto, ServiceRegistration::Auto, kind) => (
             ServiceManagerKind::None,
-            Some(format!("not registering with {kind}, which requires root; the roles are started without it")),
+            Some(format!(
+                "not registering with {kind}, which requires {}; the roles are started without it",
+                platform::ADMINISTRATION
+            )),
         ),
     }
 }

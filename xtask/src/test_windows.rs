@@ -107,12 +107,12 @@ fn unit_tests(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> 
 
 fn scenarios(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
     let directory = lay_out(root, program, arguments.target)?;
-    let mut suite = cargo();
-    suite.current_dir(workspace::root()).args(["test", "--locked", "-p", "aops", "--test", "suite"]);
     if arguments.no_run {
-        return command::run(suite.arg("--no-run"));
+        return Ok(());
     }
-    suite.arg("--");
+    let mut suite = cargo();
+    // As `cargo xtask test` builds it: otherwise the program under test would be built again, with other features of its libraries.
+    suite.current_dir(workspace::root()).args(["test", "--workspace", "--locked", "--test", "suite", "--"]);
     match arguments.rest.as_slice() {
         [] => {
             let list = workspace::root().join(SCENARIOS);
