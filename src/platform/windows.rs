@@ -287,9 +287,10 @@ pub fn raise_open_files() -> io::Result<u64> {
 
 // --- Installation
 
-/// The default home.
+/// The default home: the same for a 32-bit program on 64-bit Windows, whose `ProgramFiles` is another directory.
 pub fn default_home() -> PathBuf {
-    let programs = std::env::var_os("ProgramFiles").unwrap_or_else(|| r"C:\Program Files".into());
+    let named = ["ProgramW6432", "ProgramFiles"].into_iter().find_map(std::env::var_os);
+    let programs = named.unwrap_or_else(|| r"C:\Program Files".into());
     PathBuf::from(programs).join("aops")
 }
 
