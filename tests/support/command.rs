@@ -1,7 +1,7 @@
 //! Runs a command to its end, with a time limit, and captures its output.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -124,6 +124,17 @@ pub fn wait(child: &mut Child, limit: Duration) -> Option<i32> {
     use std::os::unix::process::ExitStatusExt;
     let status = try_for(limit, || child.try_wait().expect("it is our child"))?;
     Some(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
+}
+
+/// The lines of a stream, read in a thread as they come.
+pub fn lines(stream: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            let _ = sender.send(line);
+        }
+    });
+    receiver
 }
 
 /// Reads a stream to its end in a thread.

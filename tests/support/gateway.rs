@@ -2,11 +2,9 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -85,12 +83,12 @@ impl Gateway {
     }
 
     /// Starts it as the last words of a command.
-    fn run_by(&mut self, command: &[&str]) {
+    fn run_by(&mut self, starter: &[&str]) {
         assert!(self.running.is_none(), "the gateway runs already");
         let listen = self.url.trim_start_matches("https://").to_owned();
         let log = fs::File::create(self.log()).expect("a temporary directory can be written");
         let own = self.aops(&["run"], &["--listen", &listen]);
-        let words = command.iter().map(OsStr::new).chain([own.get_program()]).chain(own.get_args());
+        let words = starter.iter().map(OsStr::new).chain([own.get_program()]).chain(own.get_args());
         let words: Vec<_> = words.collect();
         let mut child = Command::new(words[0])
             .args(&words[1..])
@@ -99,13 +97,7 @@ impl Gateway {
             .stderr(log)
             .spawn()
             .expect("cannot run aops");
-        let (sender, receiver) = mpsc::channel();
-        let stdout = child.stdout.take().expect("it is piped");
-        thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                let _ = sender.send(line);
-            }
-        });
+        let receiver = command::lines(child.stdout.take().expect("it is piped"));
         self.running = Some(child);
         let line = receiver.recv_timeout(START).unwrap_or_else(|error| {
             panic!(

@@ -7,15 +7,14 @@
 //! <arch>/         aops.exe, the program under test; agent.exe, tests/support/windows.c, which is every other program
 //! ```
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, mpsc};
-use std::thread;
 use std::time::Duration;
 
-use super::processes;
 use super::wait::wait_for;
+use super::{command, processes};
 
 /// The first start of Wine in a new root, on a busy machine.
 const START: Duration = Duration::from_secs(120);
@@ -79,13 +78,7 @@ impl Wine {
             .stdout(Stdio::piped())
             .spawn()
             .expect("cannot run unshare");
-        let (sender, receiver) = mpsc::channel();
-        let stdout = keeper.stdout.take().expect("it is piped");
-        thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                let _ = sender.send(line);
-            }
-        });
+        let receiver = command::lines(keeper.stdout.take().expect("it is piped"));
         wait_for_boot(&receiver);
         let init = wait_for("the host's first process", START, || processes::children(keeper.id()).first().copied());
         Wine { keeper, init, directory: directory.to_owned(), boots: Mutex::new(receiver) }
