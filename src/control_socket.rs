@@ -251,7 +251,11 @@ pub struct AccessDenied(PathBuf);
 impl std::fmt::Display for AccessDenied {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let path = self.0.display();
-        write!(f, "cannot open the control socket {path}: only its owner and root may; run this as one of them")
+        let administrator = platform::ADMINISTRATOR;
+        write!(
+            f,
+            "cannot open the control socket {path}: only its owner and {administrator} may; run this as one of them"
+        )
     }
 }
 

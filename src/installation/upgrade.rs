@@ -116,12 +116,10 @@ impl UpgradeSession {
     /// Locks and loads the record; `None`: another process still holds the lock after `timeout`.
     pub fn open(home: &Home, timeout: Duration) -> Result<Option<UpgradeSession>> {
         let Some(lock) = lock::take(&home.upgrade_lock(), timeout)? else { return Ok(None) };
+        executable::complete_replacements(home);
         Ok(Some(UpgradeSession {
             home: home.clone(),
-            record: {
-                executable::complete_replacements(home);
-                load(home)?
-            },
+            record: load(home)?,
             is_recorded: true,
             unsynced: directories(home),
             _lock: lock,

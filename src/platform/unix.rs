@@ -362,8 +362,8 @@ pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
 /// Whether asking a process to exit also asks the processes that it has started.
 pub const SIGNALS_REACH_CHILDREN: bool = false;
 
-/// The rights that an installation with services needs, for messages.
-pub const ADMINISTRATION: &str = "root";
+/// The user who may do everything on this host, for messages.
+pub const ADMINISTRATOR: &str = "root";
 
 /// An example of how to start a home at boot without a service manager.
 pub const START_AT_BOOT: &str = "a line `@reboot {control} start` in a crontab";

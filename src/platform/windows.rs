@@ -154,8 +154,8 @@ pub fn is_root() -> bool {
 /// Whether asking a process to exit also asks the processes that it has started: those that share its console.
 pub const SIGNALS_REACH_CHILDREN: bool = true;
 
-/// The rights that an installation with services needs, for messages.
-pub const ADMINISTRATION: &str = "an elevated command prompt";
+/// The user who may do everything on this host, for messages.
+pub const ADMINISTRATOR: &str = "an administrator in an elevated command prompt";
 
 /// An example of how to start a home at boot without a service manager.
 pub const START_AT_BOOT: &str = "`schtasks /create /tn aops /sc onstart /ru SYSTEM /tr \"{control} start\"`";
@@ -287,7 +287,7 @@ pub fn raise_open_files() -> io::Result<u64> {
 
 // --- Installation
 
-/// The default home: the same for a 32-bit program on 64-bit Windows, whose `ProgramFiles` is another directory.
+/// The default home. On 64-bit Windows, `ProgramFiles` of a 32-bit program is another directory; both widths use that of 64-bit programs.
 pub fn default_home() -> PathBuf {
     let named = ["ProgramW6432", "ProgramFiles"].into_iter().find_map(std::env::var_os);
     let programs = named.unwrap_or_else(|| r"C:\Program Files".into());
@@ -338,9 +338,17 @@ impl Termination {
                 _ = self.close.recv() => return,
                 _ = self.logoff.recv() => if !is_service { return },
                 _ = self.shutdown.recv() => if !is_service { return },
-                requested = watch::signalled(&self.request) => if requested.is_ok() { return },
+                () = requested(&self.request) => return,
             }
         }
+    }
+}
+
+/// Resolves when an event is signalled; never if it cannot be watched. Cancel-safe.
+async fn requested(event: &OwnedHandle) {
+    if let Err(error) = watch::signalled(event).await {
+        tracing::error!(error = %error, "cannot wait for requests to exit; this process is ended without one");
+        std::future::pending::<()>().await;
     }
 }
 

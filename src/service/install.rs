@@ -29,6 +29,7 @@ use crate::host_service;
 use crate::installation::InstallRecord;
 use crate::installation::keyring::{self, Keyring};
 use crate::output::message;
+use crate::platform;
 
 /// The steps of an installation, in their order. Errors name them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -142,9 +143,10 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
     match kind {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Some(format!("free some space for {home}")),
         ErrorKind::ReadOnlyFilesystem => Some(format!("make {home} writable, or choose another --home")),
-        ErrorKind::PermissionDenied => {
-            Some(format!("run the command as root or as the owner of {home}, or choose another --home"))
-        }
+        ErrorKind::PermissionDenied => Some(format!(
+            "run the command as {} or as the owner of {home}, or choose another --home",
+            platform::ADMINISTRATOR
+        )),
         _ => None,
     }
 }

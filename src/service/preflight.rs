@@ -416,7 +416,7 @@ fn registration(
             ServiceManagerKind::None,
             Some(format!(
                 "not registering with {kind}, which requires {}; the roles are started without it",
-                platform::ADMINISTRATION
+                platform::ADMINISTRATOR
             )),
         ),
     }

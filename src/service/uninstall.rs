@@ -94,7 +94,7 @@ fn remove(home: &Home) -> Result<()> {
         store::ensure_nothing_mounted(directory)?;
     }
     if registered {
-        progress::say("removing the units");
+        progress::say("removing the registration with the service manager");
         host_service::purge(kind, home)?;
     }
     progress::say("removing files");

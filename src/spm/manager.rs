@@ -348,7 +348,7 @@ fn with_trial_endpoint(home: &Home, config: Config, endpoint: Option<&NewEndpoin
 fn groups(home: &Home) -> Option<Groups> {
     let groups = process::groups(home);
     match &groups {
-        Some(groups) => tracing::info!(place = groups.location(), "sub-agents run in their own cgroups"),
+        Some(groups) => tracing::info!(place = groups.location(), "each sub-agent runs in a group of its own"),
         None => tracing::warn!(
             "this host has no writable cgroup; a sub-agent's processes are found by session, descent and environment marker, \
              and a process that escapes all of these survives the sub-agent's stop"

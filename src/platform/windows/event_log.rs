@@ -51,25 +51,30 @@ pub(super) fn remove_source(service: &str) -> io::Result<()> {
 
 /// Logs a milestone of a service, without waiting for the log.
 pub(super) fn log(service: &str, text: &str, is_failure: bool) {
+    let (service, text) = (service.to_owned(), text.to_owned());
+    let spawned =
+        std::thread::Builder::new().name("event log".to_owned()).spawn(move || log_now(&service, &text, is_failure));
+    if let Err(error) = spawned {
+        tracing::debug!(error = %error, "cannot write to the event log");
+    }
+}
+
+/// Logs a milestone before this process exits.
+pub(super) fn log_now(service: &str, text: &str, is_failure: bool) {
     let (source, text) = (wide(service), wide(text));
     let kind = if is_failure { EVENTLOG_ERROR_TYPE } else { EVENTLOG_INFORMATION_TYPE };
-    let report = move || {
-        // SAFETY: the texts end in zeros and outlive the calls; the source is closed after its last use.
-        unsafe {
-            let log = RegisterEventSourceW(std::ptr::null(), source.as_ptr());
-            if log.is_null() {
-                tracing::debug!(error = %io::Error::last_os_error(), "cannot open the event log");
-                return;
-            }
-            let (texts, nothing) = ([text.as_ptr()], std::ptr::null_mut());
-            if ReportEventW(log, kind, 0, MILESTONE, nothing, 1, 0, texts.as_ptr(), std::ptr::null()) == 0 {
-                tracing::debug!(error = %io::Error::last_os_error(), "cannot write to the event log");
-            }
-            DeregisterEventSource(log);
+    // SAFETY: the texts end in zeros and outlive the calls; the source is closed after its last use.
+    unsafe {
+        let log = RegisterEventSourceW(std::ptr::null(), source.as_ptr());
+        if log.is_null() {
+            tracing::debug!(error = %io::Error::last_os_error(), "cannot open the event log");
+            return;
         }
-    };
-    if let Err(error) = std::thread::Builder::new().name("event log".to_owned()).spawn(report) {
-        tracing::debug!(error = %error, "cannot write to the event log");
+        let (texts, nothing) = ([text.as_ptr()], std::ptr::null_mut());
+        if ReportEventW(log, kind, 0, MILESTONE, nothing, 1, 0, texts.as_ptr(), std::ptr::null()) == 0 {
+            tracing::debug!(error = %io::Error::last_os_error(), "cannot write to the event log");
+        }
+        DeregisterEventSource(log);
     }
 }
 
@@ -83,7 +88,7 @@ mod tests {
         for _ in 0..2 {
             register_source(SERVICE).unwrap();
         }
-        log(SERVICE, "a test", false);
+        log_now(SERVICE, "a test", false);
         for _ in 0..2 {
             remove_source(SERVICE).unwrap();
         }

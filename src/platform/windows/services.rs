@@ -256,8 +256,13 @@ fn service_main(_arguments: Vec<OsString>) {
             return;
         }
     };
-    *locked(&REPORTER) =
-        Some(Reporter { name, handle, state: State::StartPending, checkpoint: 0, is_stop_requested: false });
+    *locked(&REPORTER) = Some(Reporter {
+        name: name.clone(),
+        handle,
+        state: State::StartPending,
+        checkpoint: 0,
+        is_stop_requested: false,
+    });
     report(|reporter| reporter.checkpoint += 1);
     let spawned = std::thread::Builder::new().name("stop".to_owned()).spawn(move || {
         if stopped.recv().is_ok() {
@@ -275,9 +280,10 @@ fn service_main(_arguments: Vec<OsString>) {
         ServiceExitCode::ServiceSpecific(EXITED_TO_BE_RESTARTED)
     };
     *locked(&ENDED_WITH) = Some(code);
+    let how = if is_on_purpose { "has stopped" } else { "exits and is restarted" };
+    let is_failure = !is_on_purpose && code != ExitCode::SUCCESS;
+    event_log::log_now(&name, &format!("{name} {how}"), is_failure);
     if let Some(reporter) = &mut *locked(&REPORTER) {
-        let how = if is_on_purpose { "has stopped" } else { "exits and is restarted" };
-        event_log::log(&reporter.name, &format!("{} {how}", reporter.name), !is_on_purpose);
         reporter.state = State::Stopped;
         reporter.send(exit);
     }
