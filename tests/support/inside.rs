@@ -163,6 +163,30 @@ pub fn processes_of_aops(container: &Container) -> Vec<(u32, String)> {
     container.processes().into_iter().filter(|(_, words)| ours(words)).collect()
 }
 
+/// The space of a home's file system.
+#[derive(Debug, Clone, Copy)]
+pub struct Space {
+    /// For this number of executables ...
+    pub executables: u64,
+    /// ... and this beside them, in MiB.
+    pub mebibytes: u64,
+    /// The number of files, or 0 for any number.
+    pub inodes: u32,
+}
+
+impl Space {
+    /// Enough for an installation, and for the download of another one.
+    pub const SMALL: Space = Space { executables: 2, mebibytes: 92, inodes: 0 };
+}
+
+/// Gives the default home a file system of its own, in memory.
+pub fn mount_home(container: &Container, space: Space) {
+    let executable = fs::metadata(aops()).expect("it was built").len().div_ceil(1 << 20);
+    let mebibytes = space.executables * executable + space.mebibytes;
+    let options = format!("size={mebibytes}m,nr_inodes={}", space.inodes);
+    done(container, &format!("mkdir /opt/aops && mount -t tmpfs -o {options} tmpfs /opt/aops"));
+}
+
 /// Runs a script inside, which must succeed.
 #[track_caller]
 pub fn done(container: &Container, script: &str) -> Output {

@@ -5,7 +5,7 @@ use crate::install::systemd::{fleet_of_two, runs};
 use crate::support::container::Container;
 use crate::support::files::{difference, snapshot};
 use crate::support::host::{SOON, agent, pid};
-use crate::support::inside::{self, BOOTSTRAP, Inside, URL, VERBATIM, done, wait_for_agents};
+use crate::support::inside::{self, BOOTSTRAP, Inside, Space, URL, VERBATIM, done, mount_home, wait_for_agents};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
@@ -18,7 +18,8 @@ fn a_full_disk_is_reported_and_running_sub_agents_continue() {
     assert_refused(&output, 1, &["not enough disk space in /opt/aops", "free"]);
     assert_eq!(done(&container, "ls -A /opt/aops").stdout, "");
     // Enough space for the package and its tree, but not for a second one; then none at all.
-    done(&container, "mount -o remount,size=160m /opt/aops");
+    done(&container, "umount /opt/aops && rmdir /opt/aops");
+    mount_home(&container, Space::SMALL);
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
     wait_for_agents(&container, &["native", "script"]);
     let before = inside::wait_for_status(&container, "both roles", runs);
@@ -76,13 +77,13 @@ fn a_full_disk_is_reported_and_running_sub_agents_continue() {
 fn a_full_disk_during_staging_is_reported_and_the_old_release_continues() {
     let container = Container::bare();
     let gateway = Inside::start(&container, fleet_of_two());
-    done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m tmpfs /opt/aops");
+    mount_home(&container, Space::SMALL);
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
     let agents = wait_for_agents(&container, &["native", "script"]);
     // More than the free space, and incompressible.
     let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(1 << 20).collect();
     let mut big = Package::sleeper("native", "2.0.0");
-    for number in 0..40 {
+    for number in 0..64 {
         let mut noise = noise.clone();
         noise.iter_mut().for_each(|byte| *byte ^= fastrand::u8(..));
         big = big.with_file(&format!("noise/{number}"), noise, 0o644);

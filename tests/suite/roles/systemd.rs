@@ -9,6 +9,7 @@ use crate::support::aops;
 use crate::support::command::Output;
 use crate::support::container::Container;
 use crate::support::host::{FORKING, SOON, agent, pid};
+use crate::support::inside::{Space, mount_home};
 use crate::support::package::Package;
 use crate::support::wait::{try_for, wait_for};
 
@@ -226,7 +227,7 @@ fn a_stop_works_with_hung_and_dead_roles() {
 #[test]
 fn a_stop_of_the_unit_is_honoured_on_a_full_disk() {
     let container = Container::systemd();
-    container.shell("mkdir /opt/aops; mount -t tmpfs -o size=160m tmpfs /opt/aops").expect_success();
+    mount_home(&container, Space::SMALL);
     let container = joined_in(container, true);
     let before = up(&container);
     container.shell("cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true").expect_success();

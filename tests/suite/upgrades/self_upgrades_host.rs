@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::install::systemd::{fleet_of_two, runs};
 use crate::support::container::Container;
 use crate::support::host::SOON;
-use crate::support::inside::{self, Inside, URL, VERBATIM, done, wait_for_agents};
+use crate::support::inside::{self, Inside, Space, URL, VERBATIM, done, mount_home, wait_for_agents};
 use crate::support::package::Package;
 use crate::support::release::{self, NAME};
 use crate::support::wait::try_for;
@@ -204,7 +204,7 @@ const FAULTS: [(&str, &str, bool, &str); 3] = [
 fn a_bad_release_is_rolled_back_on_a_full_or_read_only_home() {
     for (trouble, begin, has_to_wait, end) in FAULTS {
         let container = Container::bare();
-        done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=800 tmpfs /opt/aops");
+        mount_home(&container, Space { executables: 4, mebibytes: 26, inodes: 800 });
         let manager = bad("(sleep 3; kill -KILL $$) & exec $A spm \"$@\"");
         let (gateway, agents) = host(&container, VERBATIM, &[&manager]);
         gateway.fleet(&fleet("3.0.0"));
@@ -270,7 +270,7 @@ fn with_little_disk_space_the_manager_is_upgraded_or_the_reason_is_reported() {
         rooms.truncate(SAMPLE);
     }
     let container = Container::bare();
-    done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=400m,nr_inodes=800 tmpfs /opt/aops");
+    mount_home(&container, Space { executables: 6, mebibytes: 200, inodes: 800 });
     let (gateway, agents) = host(&container, VERBATIM, &[&release::good("2.0.0")]);
     let mut others = ["2.0.0", FIRST].iter().cycle();
     for room in rooms {
@@ -306,7 +306,7 @@ fn a_host_short_of_a_resource_is_upgraded_once_it_is_available() {
     let mut log = String::new();
     let said = try_for(ENDED, || {
         log = container.run(&["cat", "/opt/aops/log/spm.log"]).stdout;
-        (log.contains("an upgrade of the manager starts") && log.contains("Too many open files")).then_some(())
+        (log.contains("an upgrade of the manager starts") && log.contains("(os error 24)")).then_some(())
     });
     assert!(said.is_some(), "the shortage is not logged:\n{log}");
     done(&container, &format!("prlimit --pid {manager} --nofile=1024:1024"));

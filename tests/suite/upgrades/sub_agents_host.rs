@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::install::systemd::fleet_of_two;
 use crate::support::container::Container;
 use crate::support::host::{agent, pid};
-use crate::support::inside::{self, Inside, VERBATIM, done, wait_for_agents};
+use crate::support::inside::{self, Inside, Space, VERBATIM, done, mount_home, wait_for_agents};
 use crate::support::package::Package;
 
 /// Three attempts of six seconds each with growing delays, and the delays of a busy machine.
@@ -63,7 +63,7 @@ const FAULTS: [(&str, &str, &str); 3] = [
 fn a_failed_release_is_rolled_back_on_a_full_or_read_only_home() {
     for (trouble, begin, end) in FAULTS {
         let container = Container::bare();
-        done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=600 tmpfs /opt/aops");
+        mount_home(&container, Space { inodes: 600, ..Space::SMALL });
         let (_gateway, other) = begun(&container);
         done(&container, begin);
         inside::wait_within(&container, ROLLED_BACK, &format!("the roll back where {trouble}"), is_rolled_back);
