@@ -67,10 +67,13 @@ const CHECKS: &[Check] = &[
     ),
     foreground("unit-tests", Program::Cargo, &["test", "--locked", "--workspace", "--bins"]),
     foreground("scenarios", Program::Task, &["test", "--test", "suite"]),
-    Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("executables", Program::Task, BUILT) },
     Check {
         shared: &["--executable", BUILT_BY_SCENARIOS],
-        ..foreground("packages", Program::Task, &["rpm", "--target", "linux/amd64", "--profile", "ci"])
+        ..foreground("executables", Program::Task, &["dist", "--profile", "ci"])
+    },
+    Check {
+        shared: &["--executable", BUILT_BY_SCENARIOS],
+        ..foreground("packages", Program::Task, &["rpm", "--profile", "ci"])
     },
     foreground("installed-packages", Program::Task, &["test-packages", "--profile", "ci"]),
     Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("demo", Program::Task, &["demo"]) },
@@ -83,16 +86,20 @@ const CHECKS: &[Check] = &[
         ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3", "--points", "10"])
     },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
-    foreground("scenarios-for-windows", Program::Task, &["test-windows", "--scenarios"]),
+    foreground("scenarios-for-windows", Program::Task, &["test-windows", "--scenarios", "--profile", "ci"]),
+    foreground(
+        "scenarios-for-windows-386",
+        Program::Task,
+        &["test-windows", "--scenarios", "--profile", "ci", "--target", "windows/386"],
+    ),
+    // For each platform; packed, and thereby tested, by `executables`.
+    background("build-of-executables", &["dist", "--no-pack", "--profile", "ci"]),
     background("windows", &["check-windows"]),
     background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
-    background("build-of-scenarios-for-windows", &["test-windows", "--scenarios", "--no-run"]),
     background("dependencies", &["deny"]),
     background("fuzz-targets", &["fuzz", "--seconds", "5"]),
 ];
 
-/// The others take as long each, and are built by `full`.
-const BUILT: &[&str] = &["dist", "--target", "linux/amd64", "--target", "linux/amd64+gateway", "--profile", "ci"];
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
 /// The same; static, with the gateway.

@@ -44,6 +44,9 @@ pub(crate) struct Arguments {
     /// The profile to build with; what is handed out is built with `release`
     #[arg(long, value_name = "NAME", default_value = RELEASE)]
     profile: String,
+    /// Build the executables and check them, without packing them
+    #[arg(long, conflicts_with_all = ["key", "executable"])]
+    no_pack: bool,
     /// The minisign key to sign with; its password is read from MINISIGN_PASSWORD
     /// [default: a throw-away key below target/xtask]
     #[arg(long, value_name = "FILE", verbatim_doc_comment)]
@@ -75,6 +78,9 @@ pub(crate) fn directory(profile: &str) -> PathBuf {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let targets = if arguments.target.is_empty() { Target::ALL.to_vec() } else { arguments.target.clone() };
+    if arguments.no_pack {
+        return targets.into_iter().try_for_each(|target| build(target, &arguments.profile).map(drop));
+    }
     let directory = directory(&arguments.profile);
     if arguments.target.is_empty() {
         // What an earlier version left would be signed, too.
