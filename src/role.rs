@@ -190,7 +190,7 @@ pub fn current_holder(home: &Home, role: Role) -> Option<RoleHolder> {
 /// Creates the missing directories of a safe home; returns them.
 pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
     permissions::home(home)?;
-    executable::complete_replacements(home);
+    executable::sweep_replaced(home);
     let missing = home.directories().into_iter().filter(|(directory, _)| !directory.exists());
     let mut created = Vec::new();
     for (directory, mode) in missing {

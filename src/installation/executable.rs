@@ -56,13 +56,20 @@ pub fn replace(home: &Home, new: &Path) -> Result<()> {
     attempt().with_context(|| format!("cannot replace {} with the new executable", path.display()))
 }
 
-/// Completes the replacements of executables that were interrupted, and removes replaced ones that no process runs any more.
+/// Completes the replacements of executables that were interrupted.
 pub fn complete_replacements(home: &Home) {
-    for directory in [home.bin(), home.root().to_owned()] {
-        if let Err(error) = platform::complete_replacements(&directory) {
+    let attempt = |directory: &Path| {
+        if let Err(error) = platform::complete_replacements(directory) {
             tracing::warn!(directory = %directory.display(), error = %error, "cannot complete the replacement of an executable");
         }
-    }
+    };
+    [&home.bin(), home.root()].into_iter().for_each(attempt);
+}
+
+/// Completes them, and removes replaced executables that no process runs any more.
+pub fn sweep_replaced(home: &Home) {
+    complete_replacements(home);
+    [&home.bin(), home.root()].into_iter().for_each(platform::remove_replaced);
 }
 
 /// Points these names to `image`, an executable in `bin`. It may be repeated. Synced to disk on return.

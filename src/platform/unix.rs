@@ -91,6 +91,11 @@ pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
     path.canonicalize()
 }
 
+/// Whether a path is in a directory, or is it.
+pub fn is_below(path: &Path, directory: &Path) -> bool {
+    path.starts_with(directory)
+}
+
 /// Whether two paths are the same directory, also through links or a second mount.
 pub fn is_same_directory(one: &Path, other: &Path) -> bool {
     let number = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
@@ -398,6 +403,9 @@ pub fn while_in_use<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result
 pub fn complete_replacements(_directory: &Path) -> io::Result<()> {
     Ok(())
 }
+
+/// There are none.
+pub fn remove_replaced(_directory: &Path) {}
 
 /// Nothing to do: a running executable can be removed.
 pub fn leave_directory(_directory: &Path) -> io::Result<()> {

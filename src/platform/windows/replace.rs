@@ -107,9 +107,30 @@ fn name_before(away: &str) -> Option<&str> {
     (time.len() == 16 && time.bytes().all(|byte| byte.is_ascii_hexdigit())).then_some(name)
 }
 
-/// Completes what an interrupted replacement left in a directory: a file whose name is missing gets it back, and the others are removed
-/// unless a process still runs them.
+/// Gives a file whose name an interrupted replacement left missing its name back.
 pub fn complete_replacements(directory: &Path) -> io::Result<()> {
+    for (name, files) in moved_away(directory)? {
+        let path = directory.join(name);
+        if !path.exists()
+            && let Some(last) = files.last()
+        {
+            fs::rename(last, path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes files that were moved away, unless a process still runs them.
+pub fn remove_replaced(directory: &Path) {
+    let moved = moved_away(directory).unwrap_or_default();
+    let present = moved.into_iter().filter(|(name, _)| directory.join(name).exists());
+    for file in present.flat_map(|(_, files)| files) {
+        let _ = fs::remove_file(file);
+    }
+}
+
+/// The files of a directory that were moved away, by the names that they had before; the oldest first.
+fn moved_away(directory: &Path) -> io::Result<BTreeMap<String, Vec<PathBuf>>> {
     let mut moved: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -117,20 +138,8 @@ pub fn complete_replacements(directory: &Path) -> io::Result<()> {
             moved.entry(name.to_owned()).or_default().push(entry.path());
         }
     }
-    for (name, mut files) in moved {
-        files.sort();
-        let path = directory.join(name);
-        if !path.exists()
-            && let Some(last) = files.pop()
-        {
-            fs::rename(last, path)?;
-        }
-        for file in files {
-            // A process may run it.
-            let _ = fs::remove_file(file);
-        }
-    }
-    Ok(())
+    moved.values_mut().for_each(|files| files.sort());
+    Ok(moved)
 }
 
 /// Moves every name of the running executable out of `directory`, which is to be removed: a running executable cannot be deleted. They
@@ -241,6 +250,11 @@ mod tests {
         running
     }
 
+    fn sweep(directory: &Path) {
+        complete_replacements(directory).unwrap();
+        remove_replaced(directory);
+    }
+
     fn names(directory: &Path) -> Vec<String> {
         let mut names: Vec<_> =
             fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -259,10 +273,10 @@ mod tests {
             assert_eq!(fs::read_to_string(&app).unwrap(), content);
             assert!(start_time(running.pid()).is_some() && !new.exists());
         }
-        complete_replacements(directory.path()).unwrap();
+        sweep(directory.path());
         assert_eq!(names(directory.path()).len(), 2, "a running program was removed");
         running.kill();
-        complete_replacements(directory.path()).unwrap();
+        sweep(directory.path());
         assert_eq!(names(directory.path()), ["app.exe"]);
     }
 
@@ -279,7 +293,7 @@ mod tests {
             assert_eq!(fs::read_to_string(path("spa.exe")).unwrap(), "other");
         }
         running.kill();
-        complete_replacements(directory.path()).unwrap();
+        sweep(directory.path());
         assert_eq!(names(directory.path()), ["aops.exe", "other.exe", "spa.exe"]);
     }
 
@@ -292,7 +306,7 @@ mod tests {
             fs::rename(&app, away(&app)).unwrap();
         }
         fs::write(directory.path().join("mine.old"), "").unwrap();
-        complete_replacements(directory.path()).unwrap();
+        sweep(directory.path());
         assert_eq!(fs::read_to_string(&app).unwrap(), "newer");
         assert_eq!(names(directory.path()), ["app.exe", "mine.old"]);
     }
