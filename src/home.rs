@@ -136,11 +136,6 @@ impl Home {
         self.root.join(format!("control{}", std::env::consts::EXE_SUFFIX))
     }
 
-    /// The control script of the old system; the same name on every operating system.
-    pub fn old_control(&self) -> PathBuf {
-        self.root.join("control")
-    }
-
     pub fn etc(&self) -> PathBuf {
         self.root.join("etc")
     }

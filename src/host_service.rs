@@ -12,13 +12,14 @@ use crate::core::role::Role;
 use crate::core::service_manager::{ServiceManagerKind, UnitCondition};
 use crate::home::Home;
 
+mod foreign;
 mod none;
 pub mod product;
 mod scm;
 mod systemd;
 
+pub use foreign::ForeignUnit;
 pub use none::stop_watchdog;
-pub use systemd::foreign::ForeignUnit;
 
 /// Calls the function of that name in the file of the kind.
 macro_rules! of {
@@ -28,6 +29,13 @@ macro_rules! of {
             ServiceManagerKind::Scm => scm::$name($($argument),*),
             ServiceManagerKind::None => none::$name($($argument),*),
         }
+    };
+}
+
+/// Calls the function of that name for foreign units; there are some only with the service manager that runs on this host.
+macro_rules! of_foreign {
+    ($name:ident($units:expr)) => {
+        if scm::runs() { scm::foreign::$name($units) } else { systemd::foreign::$name($units) }
     };
 }
 
@@ -142,37 +150,41 @@ pub fn is_known(kind: ServiceManagerKind, home: &Home) -> bool {
 /// The units that somebody else wrote for the programs in the home: those of the system that aops replaces. Without a service manager
 /// (`kind`), those that run the home's `control` stay, because they start the home at boot.
 pub fn foreign_units(kind: ServiceManagerKind, home: &Home) -> Result<Vec<ForeignUnit>> {
-    if systemd::runs() { systemd::foreign::find(home, !kind.is_some()) } else { Ok(Vec::new()) }
+    match detect() {
+        ServiceManagerKind::Systemd => systemd::foreign::find(home, !kind.is_some()),
+        ServiceManagerKind::Scm => scm::foreign::find(home),
+        ServiceManagerKind::None => Ok(Vec::new()),
+    }
 }
 
 /// Checks that foreign units can be set aside.
 pub fn can_set_foreign_aside(units: &[ForeignUnit]) -> Result<()> {
-    systemd::foreign::can_set_aside(units)
+    of_foreign!(can_set_aside(units))
 }
 
 /// Stops foreign units; they stay enabled.
 pub fn stop_foreign(units: &[ForeignUnit]) -> Result<()> {
-    systemd::foreign::stop(units)
+    of_foreign!(stop(units))
 }
 
 /// Sets foreign units aside, also if some are already.
 pub fn set_foreign_aside(units: &[ForeignUnit]) -> Result<()> {
-    systemd::foreign::set_aside(units)
+    of_foreign!(set_aside(units))
 }
 
 /// Puts foreign units back, enabled as before; starts nothing.
 pub fn put_foreign_back(units: &[ForeignUnit]) -> Result<()> {
-    systemd::foreign::put_back(units)
+    of_foreign!(put_back(units))
 }
 
 /// Removes foreign units that were set aside.
 pub fn remove_foreign(units: &[ForeignUnit]) -> Result<()> {
-    systemd::foreign::remove(units)
+    of_foreign!(remove(units))
 }
 
 /// Starts the foreign units that were active.
 pub fn start_foreign(units: &[ForeignUnit]) -> Result<()> {
-    systemd::foreign::start(units)
+    of_foreign!(start(units))
 }
 
 /// Starts roles; a running one is not restarted. Returns the manager's process if no service manager is its parent.

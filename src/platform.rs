@@ -61,13 +61,36 @@ pub enum ServiceRun {
     Failed,
 }
 
+impl ServiceRun {
+    /// Whether the service control manager counts on a process of the service.
+    pub fn has_process(self) -> bool {
+        matches!(self, ServiceRun::Running | ServiceRun::Changing)
+    }
+}
+
 /// The state of a service of Windows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceState {
     pub run: ServiceRun,
     pub pid: Option<u32>,
     /// An operator disabled it.
     pub is_disabled: bool,
+    /// The program with its arguments.
+    pub command: String,
+}
+
+/// A service of Windows, of aops or of others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegisteredService {
+    pub name: String,
+    pub display_name: String,
+    /// The program with its arguments.
+    pub command: String,
+    /// As Windows counts them.
+    pub start_type: u32,
+    /// The user as whom it runs.
+    pub account: Option<String>,
+    pub is_running: bool,
 }
 
 /// A client that connected to the control socket.

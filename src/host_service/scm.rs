@@ -6,6 +6,8 @@
 //! control restart    asks each role to exit, which leaves the sub-agents running, and starts its service
 //! ```
 
+pub mod foreign;
+
 use std::process::{Child, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -75,15 +77,22 @@ fn definition(home: &Home, role: Role) -> ServiceDefinition {
     }
 }
 
+/// The state of a role's service. One that somebody else registered under its name does not count.
 fn state(home: &Home, role: Role) -> Result<Option<ServiceState>> {
     let name = home.unit(role);
-    platform::service_state(&name).with_context(|| format!("cannot query the service {name}"))
+    let state = platform::service_state(&name).with_context(|| format!("cannot query the service {name}"))?;
+    Ok(state.filter(|state| is_ours(&state.command)))
+}
+
+/// Whether aops has registered a service with this command line.
+fn is_ours(command: &str) -> bool {
+    command.contains(" --home ") && command.trim_end().ends_with(&format!("--service {}", ServiceManagerKind::Scm))
 }
 
 /// Whether a service runs: the state of one whose process was killed may be out of date.
 fn is_up(state: &ServiceState) -> bool {
     let lives = || state.pid.is_none_or(|pid| platform::start_time(pid).is_some());
-    matches!(state.run, ServiceRun::Running | ServiceRun::Changing) && lives()
+    state.run.has_process() && lives()
 }
 
 pub fn can_register(_home: &Home) -> Result<()> {
@@ -164,13 +173,14 @@ fn start_one(home: &Home, role: Role) -> Result<()> {
     let name = home.unit(role);
     let what = || format!("cannot start the service {name}");
     platform::start_service(&name).with_context(what)?;
-    if state(home, role)?.is_some_and(|state| state.run == ServiceRun::Running && !is_up(&state)) {
-        // The service control manager has not noticed the end of its process. A service that it starts later takes over.
-        return role::spawn(home, role).map(drop);
-    }
     let deadline = Instant::now() + START_TIMEOUT;
     loop {
-        match state(home, role)?.map(|state| state.run) {
+        let state = state(home, role)?;
+        if state.as_ref().is_some_and(|state| state.run.has_process() && !is_up(state)) {
+            // The service control manager has not noticed the end of its process. A service that it starts later takes over.
+            return role::spawn(home, role).map(drop);
+        }
+        match state.map(|state| state.run) {
             Some(ServiceRun::Running) => return Ok(()),
             Some(ServiceRun::Changing) if Instant::now() < deadline => platform::pause(POLL),
             Some(ServiceRun::Changing) => bail!("{}: it did not start within {START_TIMEOUT:?}", what()),

@@ -19,6 +19,7 @@ mod names;
 mod process;
 mod replace;
 mod security;
+mod service_list;
 mod services;
 mod signal;
 mod watch;
@@ -129,6 +130,12 @@ pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
         Some(plain) => Ok(PathBuf::from(plain)),
         None => Ok(real),
     }
+}
+
+/// Whether a path is in a directory, or is it. File names are not case-sensitive here.
+pub fn is_below(path: &Path, directory: &Path) -> bool {
+    let folded = |path: &Path| PathBuf::from(path.to_string_lossy().trim_start_matches(r"\\?\").to_lowercase());
+    folded(path).starts_with(folded(directory))
 }
 
 /// Whether two paths are the same directory.

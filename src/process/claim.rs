@@ -60,7 +60,7 @@ pub fn runs_from(start: &StartSpec, pid: u32) -> bool {
         .into_iter()
         .chain(platform::executable_of(pid))
         .chain(platform::first_words(pid, 2))
-        .any(|path| path.starts_with(&directory))
+        .any(|path| platform::is_below(&path, &directory))
 }
 
 /// Whether this process, the manager, is an ancestor of the process, with no process of another sub-agent in between.

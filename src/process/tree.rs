@@ -239,7 +239,7 @@ fn add_descendants(home: &Home, processes: &[ProcessInfo], members: &mut Vec<Pro
 
 /// Whether a process runs a program of the home itself, not of a sub-agent.
 pub fn is_role(home: &Home, pid: u32) -> bool {
-    platform::executable_of(pid).is_some_and(|executable| executable.starts_with(home.bin()))
+    platform::executable_of(pid).is_some_and(|executable| platform::is_below(&executable, &home.bin()))
 }
 
 /// Stops some targets, poll by poll.

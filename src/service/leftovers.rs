@@ -25,13 +25,13 @@ pub(super) struct LeftoverProcess {
 
 /// The processes whose executable is below `root`, without this one.
 pub(super) fn running_from(root: &Path) -> Vec<LeftoverProcess> {
-    let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
+    let root = platform::identity(root);
     let own = std::process::id();
     platform::processes(&root)
         .into_iter()
         .filter(|process| process.pid != own)
         .filter_map(|process| {
-            let executable = platform::executable_of(process.pid).filter(|path| path.starts_with(&root))?;
+            let executable = platform::executable_of(process.pid).filter(|path| platform::is_below(path, &root))?;
             Some(LeftoverProcess { pid: process.pid, start_time: process.start_time, executable })
         })
         .collect()

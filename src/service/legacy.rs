@@ -54,7 +54,7 @@ fn has_control(home: &Home) -> bool {
 
 /// The executable `control` script of the old installation; `None`: there is none, or it is the link of aops.
 pub(super) fn script(home: &Home) -> Option<PathBuf> {
-    let control = home.old_control();
+    let control = home.control_link();
     let is_file = control.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
     (is_file && platform::is_executable(&control)).then_some(control)
 }
@@ -73,7 +73,7 @@ struct StopRecord {
 pub(super) fn stop(home: &Home, kind: ServiceManagerKind) -> Result<()> {
     let earlier = stop_record(home)?;
     let units = host_service::foreign_units(kind, home).context("cannot find the units of the old installation")?;
-    let units: Vec<_> = units.into_iter().map(|unit| unit.or_active(&earlier.units)).collect();
+    let units: Vec<_> = units.into_iter().map(|unit| unit.or_recorded(&earlier.units)).collect();
     let names: Vec<_> = units.iter().map(ForeignUnit::name).collect();
     if !names.is_empty() {
         progress::say(format_args!("stopping the units of the existing installation: {}", names.join(", ")));
@@ -125,7 +125,7 @@ pub(super) fn record_path(home: &Home) -> PathBuf {
 }
 
 fn control(home: &Home, verb: &str) -> Result<()> {
-    let path = home.old_control();
+    let path = home.control_link();
     let finished = command::run(Command::new(&path).arg(verb).current_dir(home.root()), CONTROL_TIMEOUT)?;
     finished.success().map(drop).with_context(|| format!("cannot run `{} {verb}`", path.display()))
 }

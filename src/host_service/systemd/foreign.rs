@@ -1,5 +1,4 @@
-//! Units that somebody else wrote for the programs in a home: those of the system that aops replaces. They are stopped and set aside when
-//! its installation is replaced, and put back when that fails. They may have the names of ours.
+//! Units of systemd that somebody else wrote for the programs in a home.
 //!
 //! A unit is set aside under another name in its own directory, which systemd ignores: its owner, mode and content stay as they are, and so
 //! do its drop-ins and the links that enable it.
@@ -10,43 +9,16 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
 use service_manager::systemd_global_dir_path;
 
 use super::units::{self, MAX_UNIT_BYTES, PACKAGE_DIRECTORIES};
 use super::{QUERY_TIMEOUT, START_TIMEOUT, STOP_TIMEOUT, state, systemctl};
 use crate::home::Home;
+use crate::host_service::foreign::ForeignUnit;
 use crate::{platform, store};
 
 /// The end of the name of what is set aside.
 const SUFFIX: &str = ".before-aops";
-
-/// Such a unit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ForeignUnit {
-    /// Its name, with `.service`.
-    name: String,
-    is_active: bool,
-    /// What is set aside with it: its file, its drop-ins, and the links that enable it. Nothing of a unit that stays.
-    paths: Vec<PathBuf>,
-}
-
-impl ForeignUnit {
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub fn is_active(&self) -> bool {
-        self.is_active
-    }
-
-    /// As recorded before, if it was active then.
-    pub fn or_active(self, before: &[ForeignUnit]) -> ForeignUnit {
-        let was_active = before.iter().any(|unit| unit.name == self.name && unit.is_active);
-        ForeignUnit { is_active: self.is_active || was_active, ..self }
-    }
-}
 
 /// The units that run a program in the home and were not written by aops. `keeps_control`: those that run its `control` stay, since ours has
 /// the same path and starts the home.
@@ -69,7 +41,7 @@ pub fn find(home: &Home, keeps_control: bool) -> Result<Vec<ForeignUnit>> {
         let stays = keeps_control && program.file_name() == home.control_link().file_name();
         let paths = if stays { vec![] } else { paths(&own, &file, &name) };
         let is_active = state(name.trim_end_matches(".service"))?.is_active();
-        found.push(ForeignUnit { name, is_active, paths });
+        found.push(ForeignUnit { name, is_active, paths, registration: None });
     }
     Ok(found)
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 
-use crate::platform::{ServiceDefinition, ServiceState};
+use crate::platform::{RegisteredService, ServiceDefinition, ServiceState};
 
 fn unsupported() -> io::Error {
     io::Error::new(io::ErrorKind::Unsupported, "this system has no service control manager")
@@ -32,6 +32,21 @@ pub fn is_service_current(_definition: &ServiceDefinition) -> io::Result<bool> {
 /// No service exists.
 pub fn service_state(_name: &str) -> io::Result<Option<ServiceState>> {
     Ok(None)
+}
+
+/// There are none.
+pub fn registered_services() -> io::Result<Vec<RegisteredService>> {
+    Ok(Vec::new())
+}
+
+/// Always an error.
+pub fn disable_service(_name: &str) -> io::Result<()> {
+    Err(unsupported())
+}
+
+/// Always an error.
+pub fn restore_service(_service: &RegisteredService) -> io::Result<()> {
+    Err(unsupported())
 }
 
 /// Always an error.

@@ -209,12 +209,11 @@ pub fn process_info(pid: u32, home: &Path) -> Option<ProcessInfo> {
     entries.iter().find(|entry| entry.pid == pid).map(|entry| info_among(&entries, entry, home))
 }
 
-/// The executable of a release is below `agents/<name>/<version>` of the home. File names are not case-sensitive here.
+/// The executable of a release is below `agents/<name>/<version>` of the home.
 fn marker_of(executable: &Path, home: &Path) -> Option<ProcessMarker> {
     let plain = |path: &Path| PathBuf::from(path.to_string_lossy().trim_start_matches(r"\\?\").to_owned());
-    let folded = |path: &Path| PathBuf::from(path.to_string_lossy().to_lowercase());
     let (executable, agents) = (plain(executable), plain(&home.join("agents")));
-    if !folded(&executable).starts_with(folded(&agents)) {
+    if !super::is_below(&executable, &agents) {
         return None;
     }
     let mut rest = executable.iter().skip(agents.iter().count());

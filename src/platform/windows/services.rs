@@ -23,9 +23,9 @@ use windows_sys::Win32::Foundation::{
     ERROR_SERVICE_DOES_NOT_EXIST, ERROR_SERVICE_MARKED_FOR_DELETE, ERROR_SERVICE_NOT_ACTIVE,
 };
 
-use super::{event_log, exit_event};
+use super::{event_log, exit_event, service_list};
 use crate::core::service_manager::Notification;
-use crate::platform::{ServiceDefinition, ServiceRun, ServiceState};
+use crate::platform::{RegisteredService, ServiceDefinition, ServiceRun, ServiceState};
 
 /// The delays before a service that exited is restarted; the last one applies to every further exit.
 const RESTART_DELAYS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(10)];
@@ -146,8 +146,65 @@ pub fn service_state(name: &str) -> io::Result<Option<ServiceState>> {
         State::StartPending | State::StopPending => ServiceRun::Changing,
         _ => ServiceRun::Running,
     };
-    let is_disabled = service.query_config().is_ok_and(|config| config.start_type == ServiceStartType::Disabled);
-    Ok(Some(ServiceState { run, pid: status.process_id.filter(|pid| *pid != 0), is_disabled }))
+    let config = service.query_config().map_err(io_error)?;
+    Ok(Some(ServiceState {
+        run,
+        pid: status.process_id.filter(|pid| *pid != 0),
+        is_disabled: config.start_type == ServiceStartType::Disabled,
+        command: config.executable_path.to_string_lossy().into_owned(),
+    }))
+}
+
+/// Every service of the host whose registration can be read.
+pub fn registered_services() -> io::Result<Vec<RegisteredService>> {
+    let services = service_list::names()?;
+    let registered = |(name, is_running): (String, bool)| {
+        let config = open(&name, ServiceAccess::QUERY_CONFIG).ok()??.query_config().ok()?;
+        let text = |text: OsString| text.to_string_lossy().into_owned();
+        Some(RegisteredService {
+            name,
+            display_name: text(config.display_name),
+            command: text(config.executable_path.into_os_string()),
+            start_type: config.start_type.to_raw(),
+            account: config.account_name.map(text),
+            is_running,
+        })
+    };
+    Ok(services.into_iter().filter_map(registered).collect())
+}
+
+/// Keeps a service from starting; a running one is left as it is.
+pub fn disable_service(name: &str) -> io::Result<()> {
+    service_list::change(name, ServiceStartType::Disabled.to_raw(), None, None)
+}
+
+/// Gives a service its command line, its shown name and its start type, or creates it.
+pub fn restore_service(service: &RegisteredService) -> io::Result<()> {
+    let shown = match open(&service.name, ServiceAccess::QUERY_CONFIG)? {
+        Some(there) => there.query_config().map_err(io_error)?.display_name,
+        None => {
+            let shown = OsString::from(&service.display_name);
+            let info = ServiceInfo {
+                name: OsString::from(&service.name),
+                display_name: shown.clone(),
+                service_type: ServiceType::OWN_PROCESS,
+                start_type: ServiceStartType::Disabled,
+                error_control: ServiceErrorControl::Normal,
+                // Replaced below: these would be quoted.
+                executable_path: OsString::from(&service.command).into(),
+                launch_arguments: vec![],
+                dependencies: vec![],
+                account_name: service.account.clone().map(OsString::from),
+                account_password: None,
+            };
+            let access = ServiceManagerAccess::CREATE_SERVICE;
+            manager(access)?.create_service(&info, ServiceAccess::QUERY_CONFIG).map_err(io_error)?;
+            shown
+        }
+    };
+    // A service cannot be given the shown name that it has: it is in use.
+    let display_name = (shown != *service.display_name).then_some(service.display_name.as_str());
+    service_list::change(&service.name, service.start_type, Some(&service.command), display_name)
 }
 
 /// Starts a service; one that runs is left as it is.
@@ -316,13 +373,16 @@ fn stop_with_reports(on_stop: OnStop) {
     });
 }
 
-/// Changes what was reported, unless the service has ended, and reports it.
+/// Changes what was reported, unless the service has ended, and reports it if it has changed.
 fn report(change: impl FnOnce(&mut Reporter)) {
     if let Some(reporter) = &mut *locked(&REPORTER)
         && reporter.state != State::Stopped
     {
+        let before = (reporter.state, reporter.checkpoint);
         change(reporter);
-        reporter.send(ServiceExitCode::NO_ERROR);
+        if (reporter.state, reporter.checkpoint) != before {
+            reporter.send(ServiceExitCode::NO_ERROR);
+        }
     }
 }
 
