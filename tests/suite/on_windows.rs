@@ -1,6 +1,8 @@
 //! What is different on Windows: the roles are services, and files that are in use cannot be replaced. `cargo xtask test-windows --scenarios`
 //! runs these scenarios, and those of other themes that windows.txt lists; `cargo xtask test` leaves them out.
 
+mod steps;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
@@ -12,6 +14,7 @@ use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
 use crate::support::release;
 use crate::support::wait::wait_for;
+use crate::support::windows;
 use crate::upgrades::self_upgrades::{ENDED, order, runs};
 
 const NAMES: [&str; 2] = ["one", "two"];
@@ -25,10 +28,9 @@ fn gateway(releases: &[&Package]) -> Gateway {
     gateway
 }
 
-/// A host whose roles are services.
+/// Installs on a host, with the roles as services.
 #[track_caller]
-fn with_services(gateway: &Gateway) -> TestHost {
-    let host = TestHost::new();
+fn with_services(host: TestHost, gateway: &Gateway) -> TestHost {
     let (home, trust) = (host.home().display().to_string(), gateway.trust());
     let mut words = vec!["install", "--home", &home, "--agent-id", host.agent_id(), "--endpoint", gateway.url()];
     words.extend(["--version", "1.0.0"]);
@@ -36,6 +38,13 @@ fn with_services(gateway: &Gateway) -> TestHost {
     host.aops(&words).expect_success();
     agents_of(&host);
     host
+}
+
+/// How long a new release of the manager is on trial.
+fn set_trial(host: &TestHost, duration: &str) {
+    let settings = host.home().join("etc/conf.toml");
+    let text = fs::read_to_string(&settings).expect("it exists");
+    fs::write(&settings, format!("{text}\nupgradeTrial = \"{duration}\"\n")).expect("the home is ours");
 }
 
 #[track_caller]
@@ -46,7 +55,10 @@ fn agents_of(host: &TestHost) -> [u32; 2] {
 /// The name of a role's service in a home other than the default one.
 fn service(host: &TestHost, role: &str) -> String {
     let shown = host.control(&["status", "--json"]).json();
-    let home = shown["home"].as_str().expect("a path").to_owned();
+    name_in(shown["home"].as_str().expect("a path"), role)
+}
+
+fn name_in(home: &str, role: &str) -> String {
     let digest = <sha2::Sha256 as sha2::Digest>::digest(home.as_bytes());
     let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
     format!("aops-{role}-{digits}")
@@ -75,7 +87,7 @@ fn wait_until_up(host: &TestHost) -> Value {
 #[test]
 fn services_are_stopped_and_started_by_sc_and_by_control() {
     let gateway = gateway(&[]);
-    let host = with_services(&gateway);
+    let host = with_services(TestHost::new(), &gateway);
     let (spm, spa) = (service(&host, "spm"), service(&host, "spa"));
     for name in [&spm, &spa] {
         assert_eq!(state(&host, name).as_deref(), Some("RUNNING"));
@@ -119,7 +131,7 @@ fn services_are_stopped_and_started_by_sc_and_by_control() {
 #[test]
 fn a_restart_of_the_services_keeps_the_sub_agents() {
     let gateway = gateway(&[]);
-    let host = with_services(&gateway);
+    let host = with_services(TestHost::new(), &gateway);
     let before = agents_of(&host);
     let roles = |host: &TestHost| ["spm", "spa"].map(|role| host.role_pid(role));
     for _ in 0..2 {
@@ -138,7 +150,7 @@ fn a_restart_of_the_services_keeps_the_sub_agents() {
 #[test]
 fn a_killed_service_is_restarted_and_the_sub_agents_keep_running() {
     let gateway = gateway(&[]);
-    let host = with_services(&gateway);
+    let host = with_services(TestHost::new(), &gateway);
     let before = agents_of(&host);
     for role in ["spm", "spa"] {
         let old = host.role_pid(role).expect("it runs");
@@ -153,7 +165,7 @@ fn a_killed_service_is_restarted_and_the_sub_agents_keep_running() {
 #[test]
 fn the_services_start_at_boot_also_after_a_stop() {
     let gateway = gateway(&[]);
-    let mut host = with_services(&gateway);
+    let mut host = with_services(TestHost::new(), &gateway);
     host.reboot();
     wait_until_up(&host);
     host.control(&["stop"]).expect_success();
@@ -164,10 +176,8 @@ fn the_services_start_at_boot_also_after_a_stop() {
 #[test]
 fn a_manager_that_is_a_service_is_upgraded_and_rolled_back() {
     let gateway = gateway(&[&release::good("2.0.0")]);
-    let host = with_services(&gateway);
-    let settings = host.home().join("etc/conf.toml");
-    let text = fs::read_to_string(&settings).expect("it exists");
-    fs::write(&settings, text + "\nupgradeTrial = \"20s\"\n").expect("the home is ours");
+    let host = with_services(TestHost::new(), &gateway);
+    set_trial(&host, "20s");
     let before = agents_of(&host);
     order(&gateway, "2.0.0");
     host.wait_for_status("the release 2.0.0", ENDED, |status| runs(status, "2.0.0"));
@@ -191,9 +201,7 @@ fn files_that_another_program_holds_open_delay_an_upgrade_and_do_not_break_it() 
     let host = TestHost::new();
     host.join(&gateway, &["--version", "1.0.0"]).expect_success();
     let before = agents_of(&host);
-    let settings = host.home().join("etc/conf.toml");
-    let text = fs::read_to_string(&settings).expect("it exists");
-    fs::write(&settings, text + "\nupgradeTrial = \"20s\"\n").expect("the home is ours");
+    set_trial(&host, "20s");
     let files = ["bin/aops.exe", "state/releases.json", "state/upgrade.json", "control.exe"];
     let held = files.map(|file| {
         let path = host.home().join(file).display().to_string();
@@ -250,6 +258,99 @@ fn the_old_command_installs_the_default_home_and_uninstalling_leaves_nothing() {
         (!there(r"C:\users\root\Temp\aops-*.old")).then_some(())
     });
     host.run(&bootstrap, &["--control", "status"]).expect_code(4);
+}
+
+/// An installation of the replaced system: its manager and its watchdog as services, a sub-agent, its control program, and its settings.
+/// The services have the names of ours.
+fn old_installation(host: &TestHost, gateway: &Gateway) {
+    let program = windows::under_test().expect("the scenario is for Windows").agent();
+    let home = host.home();
+    for directory in ["bin", "etc", "log", "agents/monitor/bin"] {
+        fs::create_dir_all(home.join(directory)).expect("the directory is ours");
+    }
+    let programs = ["control", "bin/aops-spm", "bin/aops-spa", "agents/monitor/control", "agents/monitor/bin/monitor"];
+    for name in programs {
+        fs::copy(&program, home.join(format!("{name}.exe"))).expect("the directory is ours");
+    }
+    fs::write(home.join("agents/monitor/bin/monitor.script"), "exec sleep 1000003").expect("the directory is ours");
+    fs::write(home.join("agentId"), "5402\r\n").expect("the directory is ours");
+    let settings = format!("heartbeatSrv: {}\r\nheartbeatInterval: 7\r\nlogLevel: info\r\n", gateway.url());
+    fs::write(home.join("etc/conf.yml"), settings).expect("the directory is ours");
+    for (role, name) in OLD_SERVICES.iter().zip(old_services(host)) {
+        let program = host.name(&home.join(format!("bin/{role}.exe")));
+        let command = format!(r#""{program}" service {name}"#);
+        host.run("sc", &["create", &name, "binpath=", &command, "start=", "auto"]).expect_success();
+        host.run("sc", &["start", &name]).expect_success();
+    }
+    let script = host.name(&home.join("agents/monitor"));
+    host.run("cmd", &["/d", "/c", &format!("cd /d {script} && control.exe start >nul")]).expect_success();
+    runs_as_before(host, true);
+}
+
+/// Their programs.
+const OLD_SERVICES: [&str; 2] = ["aops-spm", "aops-spa"];
+
+/// The first has the name of our manager's service in this home.
+fn old_services(host: &TestHost) -> [String; 2] {
+    [name_in(&host.name(&host.home()), "spm"), "aops-agent-watch".to_owned()]
+}
+
+/// Its services run, and its sub-agent unless the host was booted.
+#[track_caller]
+fn runs_as_before(host: &TestHost, has_agent: bool) {
+    for name in old_services(host) {
+        wait_for_state(host, &name, "RUNNING");
+    }
+    let is_old = |words: &str| OLD_SERVICES.iter().any(|role| words.contains(&format!(r"\bin\{role}.exe")));
+    let running = host.processes();
+    let count = running.iter().filter(|process| is_old(&process.command)).count();
+    assert_eq!(count, OLD_SERVICES.len(), "{running:?}");
+    let agents = running.iter().filter(|process| process.command.contains("monitor.exe")).count();
+    assert_eq!(agents, usize::from(has_agent), "{running:?}");
+}
+
+#[test]
+fn an_old_installation_with_its_services_is_taken_over_or_runs_as_before() {
+    let broken = Package::plain(release::NAME, "broken").with_program("bin/aops", "echo broken");
+    let monitor = Package::control_sleeper("monitor", "3.2");
+    let gateway = Gateway::with(&[&broken, &monitor], &[("monitor", "3.2", "")]);
+    let mut host = TestHost::new();
+    old_installation(&host, &gateway);
+    let home = host.home().display().to_string();
+    let trust = gateway.trust();
+    let install = |host: &TestHost, version: &str| {
+        let mut words = vec!["install", "--home", &home, "--version", version];
+        words.extend(trust.iter().map(String::as_str));
+        host.aops(&words)
+    };
+
+    // A manager that cannot run: the old one is put back, and starts at boot as before.
+    let failed = install(&host, "broken");
+    assert_eq!(failed.code, 1, "{failed}");
+    runs_as_before(&host, false);
+    assert!(host.home().join("etc/conf.yml").exists() && host.home().join("agentId").exists());
+    host.reboot();
+    runs_as_before(&host, false);
+
+    install(&host, "1.0.0").expect_success();
+    host.wait_for_agent("monitor");
+    let status = host.wait_for_status("both roles", SOON, |status| status["state"] == "running");
+    assert_eq!(status["gateway"]["endpoint"], gateway.url(), "{status:#}");
+    wait_for("the gateway to know the host by its old id", SOON, || {
+        gateway.status()["hosts"].to_string().contains("\"5402\"").then_some(())
+    });
+    let [ours, other] = old_services(&host);
+    assert_eq!((state(&host, &ours).as_deref(), state(&host, &other)), (Some("RUNNING"), None));
+    assert!(!host.home().join("etc/conf.yml").exists());
+    assert!(
+        !host
+            .processes()
+            .iter()
+            .any(|process| process.command.contains(" service ") && process.command.contains("watch"))
+    );
+
+    host.control(&["uninstall", "--yes"]).expect_success();
+    assert_eq!((state(&host, &ours), state(&host, &other)), (None, None));
 }
 
 #[test]

@@ -3,6 +3,7 @@
  *
  *   PROGRAM.exe                         runs PROGRAM.script, which lies beside it: a few statements of the shell, see `run`
  *   control.exe VERB                    the `control` of a package: NAME.exe of its `bin` in the background, its pid in var\app.pid
+ *   PROGRAM.exe service NAME            a service, which runs until it is stopped
  *   tool.exe kill PID                   as `kill -KILL`
  *   tool.exe alive PID                  exit code 0: it runs
  *   tool.exe hold FILE                  keeps a file open, as a virus scanner does, until its input ends
@@ -186,6 +187,48 @@ static int control(const char *verb)
     return 1;
 }
 
+static const char *service_name;
+static HANDLE service_stop;
+static SERVICE_STATUS_HANDLE service_handle;
+
+static void report(DWORD state)
+{
+    SERVICE_STATUS status = {
+        .dwServiceType = SERVICE_WIN32_OWN_PROCESS,
+        .dwCurrentState = state,
+        .dwControlsAccepted = state == SERVICE_RUNNING ? SERVICE_ACCEPT_STOP : 0,
+    };
+    SetServiceStatus(service_handle, &status);
+}
+
+static DWORD WINAPI on_control(DWORD control, DWORD type, LPVOID data, LPVOID context)
+{
+    (void)type;
+    (void)data;
+    (void)context;
+    if (control == SERVICE_CONTROL_STOP)
+        SetEvent(service_stop);
+    return NO_ERROR;
+}
+
+static void WINAPI service_main(DWORD count, LPSTR *words)
+{
+    (void)count;
+    (void)words;
+    service_handle = RegisterServiceCtrlHandlerExA(service_name, on_control, NULL);
+    report(SERVICE_RUNNING);
+    WaitForSingleObject(service_stop, INFINITE);
+    report(SERVICE_STOPPED);
+}
+
+static int run_service(char *name)
+{
+    SERVICE_TABLE_ENTRYA table[] = { { name, service_main }, { NULL, NULL } };
+    service_name = name;
+    service_stop = CreateEventA(NULL, TRUE, FALSE, NULL);
+    return !StartServiceCtrlDispatcherA(table);
+}
+
 int main(int argc, char **argv)
 {
     char path[MAX_PATH];
@@ -193,6 +236,8 @@ int main(int argc, char **argv)
     const char *name = strrchr(path, '\\') + 1;
     if (_stricmp(name, "control.exe") == 0)
         return control(argc > 1 ? argv[1] : "");
+    if (_stricmp(name, "tool.exe") != 0 && argc == 3 && strcmp(argv[1], "service") == 0)
+        return run_service(argv[2]);
     if (_stricmp(name, "tool.exe") != 0)
         return run_script(path);
     if (argc == 3 && strcmp(argv[1], "kill") == 0)

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! rootfs/         the root file system with Wine
-//! <arch>/         aops.exe, the program under test; agent.exe, tests/support/windows.c, which is every other program
+//! <arch>/         aops.exe, the program under test; agent.exe, tests/support/windows.c, which is every other program; *.dll, further libraries
 //! ```
 
 use std::io::Write;

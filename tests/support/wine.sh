@@ -13,6 +13,9 @@ programs=$2 host=$3
 overlay "$1"
 root=/run/root
 equip "$root" "$programs"
+if [ -e "$programs/aopst.dll" ]; then
+    cp "$programs"/*.dll "$root/root/.wine/drive_c/windows/system32/"
+fi
 mkdir -p "$root/temporary"
 mount --rbind /tmp "$root/temporary"
 ln -sfn /temporary "$root/root/.wine/dosdevices/d:"

@@ -15,6 +15,7 @@ equip() {
         touch "$1/dev/$device"
         mount --bind "/dev/$device" "$1/dev/$device"
     done
+    [ -e "$1/etc/hosts" ] || echo '127.0.0.1 localhost' >"$1/etc/hosts"
     mkdir -p "$1/program"
     mount --bind "$2" "$1/program"
 }

@@ -3,18 +3,21 @@
 //! Wine is not Windows: what it lacks (Ctrl-Break, for example) is not tested, and a test that passes here may still fail on Windows. But
 //! wrong calls are found.
 //!
-//! A scenario runs on this machine as on Linux, with its gateway; its hosts run Wine (tests/support/windows.rs).
+//! A scenario runs on this machine as on Linux, with its gateway; its hosts run Wine (tests/support/windows.rs). With `--kill-steps`, it is
+//! the one that kills upgrades at each of their steps (tests/suite/on_windows/steps.rs).
+
+mod steps;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::command::{self, cargo, describe, is_root, run_quietly, say};
 use crate::dist::Target;
 use crate::toolchain::Toolchain;
-use crate::{apt, check_windows, rootfs, test, wine, workspace};
+use crate::{apt, check_windows, dist, rootfs, test, wine, workspace};
 
 /// Modules whose tests need no shell and nothing else that exists only on Unix.
 const TESTED: &[&str] = &[
@@ -58,12 +61,31 @@ pub(crate) struct Arguments {
     /// Run the scenarios that tests/suite/windows.txt lists, instead of the unit tests
     #[arg(long)]
     scenarios: bool,
+    /// Kill upgrades of the manager at each of their steps, instead of running the unit tests
+    #[arg(long, conflicts_with = "scenarios", requires = "profile")]
+    kill_steps: bool,
+    /// The number of kills, drawn at random [default: each step in each way]
+    #[arg(long, value_name = "N", requires = "kill_steps")]
+    sample: Option<usize>,
+    /// Draws the sample [default: another one each time]
+    #[arg(long, value_name = "N", requires = "kill_steps")]
+    seed: Option<u64>,
+    /// Use what `dist` has built with this profile, instead of building the executable without optimization
+    #[arg(long, value_name = "NAME")]
+    profile: Option<String>,
     /// The platform to build for
     #[arg(long, value_enum, default_value = "windows/amd64")]
     target: Target,
     /// Arguments of the test program, instead of the default modules or scenarios
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
+}
+
+impl Arguments {
+    /// Whether the executable is tested on hosts.
+    fn has_hosts(&self) -> bool {
+        self.scenarios || self.kill_steps
+    }
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -73,16 +95,23 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.target.words().0 != "windows" {
         bail!("cannot run the tests for another platform than Windows; for Linux, use `cargo xtask test --target`");
     }
+    ensure!(
+        !arguments.kill_steps || arguments.target == Target::WindowsAmd64,
+        "cannot count the steps of a 32-bit executable; leave out --target"
+    );
     apt::install(&[wine::NEEDS, check_windows::NEEDS].concat())?;
     let toolchain = Toolchain::for_target(arguments.target.triple())?;
     // Both take minutes the first time: one waits for the network, the other for the processors.
     let (root, program) = std::thread::scope(|scope| {
         let root = scope.spawn(wine::get);
-        let program = build(&toolchain, arguments);
+        let program = match &arguments.profile {
+            Some(profile) if arguments.has_hosts() => built_by_dist(arguments.target, profile),
+            _ => build(&toolchain, arguments),
+        };
         (root.join().unwrap_or_else(|_| bail!("the thread that creates the root file system panicked")), program)
     });
     let (root, program) = (root?, program?);
-    if arguments.scenarios { scenarios(&root, &program, arguments) } else { unit_tests(&root, &program, arguments) }
+    if arguments.has_hosts() { scenarios(&root, &program, arguments) } else { unit_tests(&root, &program, arguments) }
 }
 
 fn unit_tests(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
@@ -106,7 +135,11 @@ fn unit_tests(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> 
 }
 
 fn scenarios(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
-    let directory = lay_out(root, program, arguments.target)?;
+    let directory = workspace::cache_path(if arguments.kill_steps { "windows-steps" } else { "windows" });
+    let programs = lay_out(&directory, root, program, arguments.target)?;
+    if arguments.kill_steps {
+        steps::equip(&programs)?;
+    }
     if arguments.no_run {
         return Ok(());
     }
@@ -114,6 +147,7 @@ fn scenarios(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
     // As `cargo xtask test` builds it: otherwise the program under test would be built again, with other features of its libraries.
     suite.current_dir(workspace::root()).args(["test", "--workspace", "--locked", "--test", "suite", "--"]);
     match arguments.rest.as_slice() {
+        [] if arguments.kill_steps => suite.args(["on_windows::steps::", "--nocapture"]),
         [] => {
             let list = workspace::root().join(SCENARIOS);
             let text = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
@@ -125,6 +159,12 @@ fn scenarios(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
         // Fewer than on Linux: programs start slowly under Wine, and upgrades have time limits.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         suite.env(test::THREADS, (cores * 3).div_ceil(2).to_string());
+    }
+    if let Some(sample) = arguments.sample {
+        suite.env("AOPS_KILLS", sample.to_string());
+    }
+    if let Some(seed) = arguments.seed {
+        suite.env("AOPS_UPGRADE_SEED", seed.to_string());
     }
     suite.env("AOPS_TEST_WINDOWS", directory).env("AOPS_TEST_WINDOWS_ARCH", arguments.target.words().1);
     suite.env("AOPS_TEST_ROOTFS", rootfs::get()?);
@@ -142,9 +182,8 @@ fn listed(text: &str, arch: &str) -> Vec<String> {
     names.collect()
 }
 
-/// The directory that tests/support/windows.rs describes.
-fn lay_out(root: &Path, program: &Path, target: Target) -> Result<PathBuf> {
-    let directory = workspace::cache_path("windows");
+/// Makes `directory` what tests/support/windows.rs describes, and returns the directory of the programs.
+fn lay_out(directory: &Path, root: &Path, program: &Path, target: Target) -> Result<PathBuf> {
     let (arch, prefix) = match target.words().1 {
         "386" => ("386", "i686"),
         arch => (arch, "x86_64"),
@@ -161,18 +200,31 @@ fn lay_out(root: &Path, program: &Path, target: Target) -> Result<PathBuf> {
     for name in ["agent.exe", "tool.exe"] {
         let mut compiler = Command::new(format!("{prefix}-w64-mingw32-gcc"));
         compiler.args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-o"]).arg(programs.join(name)).arg(&source);
+        compiler.arg("-ladvapi32");
         run_quietly(&mut compiler)?;
     }
-    Ok(directory)
+    Ok(programs)
+}
+
+/// The executable that `cargo xtask dist` has built.
+fn built_by_dist(target: Target, profile: &str) -> Result<PathBuf> {
+    let path = dist::directory(profile).join(target.executable());
+    let (os, arch) = target.words();
+    ensure!(
+        path.exists(),
+        "cannot find {}; run `cargo xtask dist --target {os}/{arch} --profile {profile}` first",
+        path.display()
+    );
+    Ok(path)
 }
 
 /// Builds the test program of the executable without the gateway, or the executable itself for scenarios, and returns its path.
 fn build(toolchain: &Toolchain, arguments: &Arguments) -> Result<PathBuf> {
     let target = arguments.target.triple();
-    let subcommand = if arguments.scenarios { "build" } else { "test" };
+    let subcommand = if arguments.has_hosts() { "build" } else { "test" };
     let mut cargo = toolchain.cargo_for_tests(subcommand, target);
     cargo.args(["-p", "aops", "--bin", "aops", "--no-default-features", "--message-format=json"]);
-    if !arguments.scenarios {
+    if !arguments.has_hosts() {
         cargo.arg("--no-run");
     }
     say(&format!("$ {}", describe(&cargo)));
