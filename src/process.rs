@@ -7,7 +7,7 @@
 //! can find and stop what a previous one started. Only these exact processes are ever signalled.
 
 use crate::home::Home;
-use crate::platform::Groups;
+use crate::platform::{self, Groups};
 
 pub mod claim;
 pub mod health;
@@ -18,6 +18,11 @@ pub mod record;
 pub mod script;
 pub mod stop;
 pub mod tree;
+
+/// Has this process keep the groups of a home's sub-agents, if they would be lost with the processes that know them.
+pub fn hold_groups(home: &Home) {
+    platform::hold_groups(&home.agents_unit());
+}
 
 /// The location of the groups of a home's sub-agents; `None`: this host has none.
 pub fn groups(home: &Home) -> Option<Groups> {

@@ -402,6 +402,7 @@ impl Watchdog<'_> {
                         self.next_home_check = Instant::now() + HOME_CHECK_INTERVAL;
                         self.check_home();
                     }
+                    process::hold_groups(self.home);
                     self.check_memory(&mut connection);
                     if next == PingAction::Hung {
                         self.kill_hung();

@@ -21,7 +21,7 @@ mod reset;
 mod services;
 
 pub use access::{deny_write_to_others, weakness, weakness_of_parents};
-pub use group::{Group, Groups};
+pub use group::{Group, Groups, hold_groups};
 pub use launch::{Child, launch};
 pub use leave_cgroup::{leave_groups, remove_role_groups};
 pub use local::*;

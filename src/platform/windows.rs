@@ -26,7 +26,7 @@ mod watch;
 
 pub use access::{deny_write_to_others, weakness, weakness_of_parents};
 pub use exit_event::on_exit_request;
-pub use group::{Group, Groups};
+pub use group::{Group, Groups, hold_groups};
 pub use launch::{Child, launch};
 pub use local::*;
 pub use process::*;

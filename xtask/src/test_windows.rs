@@ -27,6 +27,7 @@ const TESTED: &[&str] = &[
     "core::",
     "endpoint::",
     "home::",
+    "host_service::scm::",
     "lock::",
     "logging::",
     "package::",
@@ -35,16 +36,12 @@ const TESTED: &[&str] = &[
     "process::record::",
     "store::",
 ];
-/// Tests of these modules that do not apply to Windows, or do not pass there yet.
+/// Tests of these modules that do not apply to Windows, or cannot pass with Wine.
 const SKIPPED: &[&str] = &[
     // Packages with links, and file modes.
     "package::unpack::tests::a_release_inherits_no_mode_bits_of_its_parent_directory",
     "package::unpack::tests::every_archive_format_gives_the_same_tree",
     "package::unpack::tests::unusual_but_valid_archives_are_accepted",
-    // FIXME: these should pass there as well.
-    "endpoint::tests::a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_authority",
-    "endpoint::tests::a_certificate_issued_by_an_authority_in_the_file_is_accepted",
-    "package::tests::sharing::a_sweep_clears_staging_old_downloads_and_the_oldest_beyond_the_cap",
     // Wine does not wake a reader when its connection is shut down, so a cancelled download ends only at its stall limit.
     "package::tests::sharing::cancellation_interrupts_a_blocked_read",
 ];

@@ -326,8 +326,8 @@ fn a_sweep_clears_staging_old_downloads_and_the_oldest_beyond_the_cap() {
     fs::create_dir_all(&fetcher.paths.cache).unwrap();
     let (old, new) = (fetcher.paths.cache.join("old.part"), fetcher.paths.cache.join("new.part"));
     fs::write(&new, "x").unwrap();
-    let file = File::create(&old).unwrap();
-    file.set_modified(SystemTime::now() - MAX_PART_AGE - Duration::from_secs(60)).unwrap();
+    // Closed at once: Windows removes an open file only when it is closed.
+    File::create(&old).unwrap().set_modified(SystemTime::now() - MAX_PART_AGE - Duration::from_secs(60)).unwrap();
     sweep(&fetcher.paths).unwrap();
     assert_eq!(fetcher.leftovers(), std::slice::from_ref(&new));
 

@@ -1,8 +1,8 @@
 //! The group that holds a sub-agent's process tree: a Job Object, which no process can leave.
 //!
 //! It outlives us. A job exists as long as a process is in it, but can be opened by its name only while a handle to it is open. So each
-//! process that we start gets a handle to its own job (which its children inherit, as most programs allow), and we keep a handle to every
-//! job that we created or opened.
+//! process that we start gets a handle to its own job (which its children inherit, as most programs allow), we keep a handle to every job that
+//! we created or opened, and so does the watchdog ([`hold_groups`]).
 //!
 //! The next manager opens it by its name. A process in it without a record was being started when the previous manager exited, or was left
 //! behind by a process that has exited since.
@@ -94,6 +94,21 @@ impl Groups {
     /// The sub-agents whose groups exist.
     pub fn all(&self) -> io::Result<Vec<String>> {
         names::with_prefix(&format!("{}{AGENT}", self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix)))
+    }
+}
+
+/// Opens every job of a home and keeps it open: then its name remains, although every process with a handle to it has exited. Jobs that have
+/// become empty are closed.
+pub fn hold_groups(key: &str) {
+    let Some(groups) = Groups::find(key) else { return };
+    for agent in groups.all().unwrap_or_default() {
+        // One of another user is reported by the manager.
+        let _ = groups.group(&agent).find();
+    }
+    let held: Vec<Group> = open_jobs().keys().map(|name| Group::named(name)).collect();
+    for group in held {
+        // It fails for one that has processes.
+        let _ = group.remove();
     }
 }
 
@@ -260,18 +275,26 @@ impl Group {
         Ok(())
     }
 
-    /// Adds a suspended process to the job, and gives it a handle that keeps the job open.
+    /// Adds a suspended process to the job, and gives it a handle that keeps the job open. Once it is in the job, a handle that it does not get
+    /// is no error: the job is open here.
     pub(super) fn add(&self, process: &OwnedHandle) -> io::Result<()> {
         let job = self.find()?.ok_or(io::ErrorKind::NotFound)?;
         // SAFETY: both handles are open.
         if unsafe { AssignProcessToJobObject(raw(&job), process.as_raw_handle()) } == 0 {
             return Err(io::Error::last_os_error());
         }
+        if let Err(error) = self.give_handles(&job, process) {
+            tracing::warn!(job = self.name, error = %error, "a sub-agent cannot be given a handle to its job");
+        }
+        Ok(())
+    }
+
+    fn give_handles(&self, job: &OwnedHandle, process: &OwnedHandle) -> io::Result<()> {
         let mut theirs: HANDLE = std::ptr::null_mut();
         // SAFETY: the handles are open, and the result, a handle of the other process, outlives the call.
         let done = unsafe {
             let own = GetCurrentProcess();
-            DuplicateHandle(own, raw(&job), process.as_raw_handle(), &mut theirs, JOB_OBJECT_QUERY, 1, 0)
+            DuplicateHandle(own, raw(job), process.as_raw_handle(), &mut theirs, JOB_OBJECT_QUERY, 1, 0)
         };
         if done == 0 {
             return Err(io::Error::last_os_error());

@@ -170,7 +170,7 @@ impl Child {
 mod tests {
     use std::path::Path;
 
-    use super::super::group::Groups;
+    use super::super::group::{Groups, hold_groups};
     use super::super::{ended, signal, start_time};
     use super::*;
     use crate::core::manifest::StopSignal;
@@ -241,8 +241,11 @@ mod tests {
     }
 
     fn groups(directory: &Path) -> Groups {
-        let key: String = directory.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect();
-        Groups::find(&key).unwrap()
+        Groups::find(&key(directory)).unwrap()
+    }
+
+    fn key(directory: &Path) -> String {
+        directory.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect()
     }
 
     fn start(directory: &Path, command: Command) -> Child {
@@ -292,6 +295,25 @@ mod tests {
         group.remove().unwrap();
         drop(child);
         wait_for("its name to be free", || groups(directory.path()).all().unwrap().is_empty().then_some(()));
+    }
+
+    #[tokio::test]
+    async fn jobs_are_held_until_they_are_empty() {
+        let directory = tempfile::tempdir().unwrap();
+        let key = key(directory.path());
+        let mut child = start(directory.path(), testing::part_command(LEAF, ""));
+        let group = group(directory.path());
+        for _ in 0..2 {
+            hold_groups(&key);
+            assert!(group.members().unwrap().contains(&child.pid));
+        }
+        group.kill().unwrap();
+        end_of(&mut child).await;
+        drop(child);
+        wait_for("its name to be free", || {
+            hold_groups(&key);
+            groups(directory.path()).all().unwrap().is_empty().then_some(())
+        });
     }
 
     #[tokio::test]
