@@ -11,6 +11,7 @@
 //! power-cut     3 cuts, 10 points                   100 cuts, 20 jumps of the clock, 300 points; other kernels and file systems
 //! dist, rpm     hardly optimized, 64-bit installed   as handed out; installed and upgraded in both widths and in virtual machines
 //! scenarios     of Linux in 64 bit                   in 32 bit, too; and as on Linux 3.10, in both widths
+//! for Windows   most scenarios                       every scenario; upgrades killed at each step
 //! endurance     -                                   1,000 upgrades of the manager, and 200 under load
 //! ```
 //!
@@ -73,7 +74,8 @@ const PARTS: &[Part] = &[
     task("scenarios-386", &["test", "--target", "linux/386", "--test", "suite"]),
     task("old-kernel", &["test", "--target", "linux/amd64", "--old-kernel"]),
     task("old-kernel-386", &["test", "--target", "linux/386", "--old-kernel"]),
-    task("scenarios-for-windows", &["test-windows", "--scenarios", "--profile", "release"]),
+    task("scenarios-for-windows", &["test-windows", "--scenarios", "--whole", "--profile", "release"]),
+    task("kill-steps-for-windows", &["test-windows", "--kill-steps", "--profile", "release"]),
     task(
         "scenarios-for-windows-386",
         &["test-windows", "--scenarios", "--profile", "release", "--target", "windows/386"],

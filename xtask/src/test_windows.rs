@@ -58,6 +58,9 @@ pub(crate) struct Arguments {
     /// Run the scenarios that tests/suite/windows.txt lists, instead of the unit tests
     #[arg(long)]
     scenarios: bool,
+    /// With the scenarios that take longest, too
+    #[arg(long, requires = "scenarios")]
+    whole: bool,
     /// Kill upgrades of the manager at each of their steps, instead of running the unit tests
     #[arg(long, conflicts_with = "scenarios", requires = "profile")]
     kill_steps: bool,
@@ -148,7 +151,7 @@ fn scenarios(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
         [] => {
             let list = workspace::root().join(SCENARIOS);
             let text = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
-            suite.arg("--exact").args(listed(&text, arguments.target.words().1))
+            suite.arg("--exact").args(listed(&text, arguments.target.words().1, arguments.whole))
         }
         rest => suite.args(rest),
     };
@@ -168,13 +171,15 @@ fn scenarios(root: &Path, program: &Path, arguments: &Arguments) -> Result<()> {
     command::run(&mut suite)
 }
 
-/// The names in the list for an architecture: a line has a name, and perhaps another architecture than amd64.
-fn listed(text: &str, arch: &str) -> Vec<String> {
+/// The names in the list for an architecture: a line has a name, and perhaps another architecture than amd64, or `whole`.
+fn listed(text: &str, arch: &str, whole: bool) -> Vec<String> {
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     let names = lines.filter_map(|line| {
         let mut words = line.split_whitespace();
         let name = words.next()?;
-        (arch == "amd64" || words.any(|word| word == arch)).then(|| name.to_owned())
+        let words: Vec<_> = words.collect();
+        let is_chosen = (arch == "amd64" || words.contains(&arch)) && (whole || !words.contains(&"whole"));
+        is_chosen.then(|| name.to_owned())
     });
     names.collect()
 }
@@ -243,8 +248,9 @@ mod tests {
 
     #[test]
     fn the_list_has_the_scenarios_of_each_architecture() {
-        let list = "# a 386\n\nb::c\nd::e 386\n";
-        assert_eq!(listed(list, "amd64"), ["b::c", "d::e"]);
-        assert_eq!(listed(list, "386"), ["d::e"]);
+        let list = "# a 386\n\nb::c\nd::e 386\nf::g whole\n";
+        assert_eq!(listed(list, "amd64", true), ["b::c", "d::e", "f::g"]);
+        assert_eq!(listed(list, "amd64", false), ["b::c", "d::e"]);
+        assert_eq!(listed(list, "386", true), ["d::e"]);
     }
 }
