@@ -116,6 +116,14 @@ impl Package {
     }
 }
 
+/// The system and the architecture of the hosts under test, in the words of package names.
+pub fn host_platform() -> (&'static str, String) {
+    match windows::under_test() {
+        None => ("linux", arch().to_owned()),
+        Some(windows) => ("windows", windows.arch().to_owned()),
+    }
+}
+
 /// The architecture of this machine, in the words of package names.
 pub fn arch() -> &'static str {
     match std::env::consts::ARCH {

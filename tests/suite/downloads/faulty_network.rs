@@ -19,7 +19,7 @@ use crate::support::fault_proxy::{Fault, FaultProxy, Request, random};
 use crate::support::files::snapshot;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
-use crate::support::package::{Package, arch};
+use crate::support::package::{Package, host_platform};
 use crate::support::wait::{try_for, wait_for};
 
 /// The size of each of the downloads in the first scenario.
@@ -39,7 +39,11 @@ fn archive(at: &Path, bytes: usize) -> (PathBuf, Vec<u8>) {
     random.fill(&mut noise);
     let encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).expect("there is memory");
     let mut tar = tar::Builder::new(encoder);
-    for (path, mode, content) in [("control", 0o755, &b"#!/bin/sh\necho stoped\n"[..]), ("noise", 0o644, &noise)] {
+    let script = match host_platform() {
+        ("windows", _) => ("control.bat", &b"@echo stoped\r\n"[..]),
+        _ => ("control", &b"#!/bin/sh\necho stoped\n"[..]),
+    };
+    for (path, mode, content) in [(script.0, 0o755, script.1), ("noise", 0o644, &noise)] {
         let mut header = tar::Header::new_gnu();
         header.set_mode(mode);
         header.set_size(content.len() as u64);
@@ -67,7 +71,8 @@ fn joined_by(url: &str, gateway: &Gateway, settings: &str) -> TestHost {
 
 fn publish_archive(gateway: &Gateway, archive: &Path, name: &str, version: &str) {
     let archive = archive.display().to_string();
-    let arguments = ["--name", name, "--version", version, "--os", "linux", "--arch", arch(), &archive];
+    let (os, arch) = host_platform();
+    let arguments = ["--name", name, "--version", version, "--os", os, "--arch", &arch, &archive];
     gateway.publish_with(&arguments).expect_code(0);
 }
 
@@ -133,6 +138,7 @@ fn downloads_over_a_faulty_network_are_complete_and_correct() {
         let names: Vec<String> =
             (0..ORDERED.min(count - round * ORDERED)).map(|number| format!("noise-{number}")).collect();
         let version = format!("1.0.{round}");
+        let (os, arch) = host_platform();
         names.iter().for_each(|name| publish_archive(&gateway, &archive, name, &version));
         // Downloaded, unpacked and activated, but not run.
         let wanted: Vec<_> = names.iter().map(|name| (name.as_str(), version.as_str(), "cmd = \"stop\"")).collect();
@@ -143,7 +149,7 @@ fn downloads_over_a_faulty_network_are_complete_and_correct() {
         for name in &names {
             let got = fs::read(host.home().join(format!("agents/{name}/{version}/noise"))).expect("it is unpacked");
             assert_eq!(Sha256::digest(got).to_vec(), content, "{name} {version}, seed {seed}");
-            let file = format!("{name}-{version}_linux_{}.tar.zst", arch());
+            let file = format!("{name}-{version}_{os}_{arch}.tar.zst");
             let tally = proxy.tally(&file);
             let share = tally.bytes as f64 / size as f64;
             let most = 1.3 + f64::from(tally.damaged);
@@ -347,8 +353,8 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
     let own = attacked.proxy.url().replace("https://", "http://");
     let plain = format!("302 Found\r\ncontent-length: 0\r\nlocation: {own}/x");
     attacked.is_refused("2.0.8", &["redirect", "plain http"], packages(instead(&plain, b"", false)));
-    let round =
-        format!("302 Found\r\ncontent-length: 0\r\nlocation: /api/download/native-2.0.9_linux_{}.tar.zst", arch());
+    let (os, arch) = host_platform();
+    let round = format!("302 Found\r\ncontent-length: 0\r\nlocation: /api/download/native-2.0.9_{os}_{arch}.tar.zst");
     attacked.is_refused("2.0.9", &["redirects"], packages(instead(&round, b"", false)));
     assert!(elsewhere.accept().is_err(), "the redirect target got a request");
 
