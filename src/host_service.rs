@@ -32,7 +32,7 @@ macro_rules! of {
     };
 }
 
-/// Calls the function of that name for foreign units; there are some only with the service manager that runs on this host.
+/// Calls the function of that name for foreign units, which belong to the service manager that runs on this host.
 macro_rules! of_foreign {
     ($name:ident($units:expr)) => {
         if scm::runs() { scm::foreign::$name($units) } else { systemd::foreign::$name($units) }
@@ -162,7 +162,7 @@ pub fn can_set_foreign_aside(units: &[ForeignUnit]) -> Result<()> {
     of_foreign!(can_set_aside(units))
 }
 
-/// Stops foreign units; they stay enabled.
+/// Stops foreign units. Those of systemd stay enabled.
 pub fn stop_foreign(units: &[ForeignUnit]) -> Result<()> {
     of_foreign!(stop(units))
 }
@@ -175,6 +175,11 @@ pub fn set_foreign_aside(units: &[ForeignUnit]) -> Result<()> {
 /// Puts foreign units back, enabled as before; starts nothing.
 pub fn put_foreign_back(units: &[ForeignUnit]) -> Result<()> {
     of_foreign!(put_back(units))
+}
+
+/// Gives foreign units the names back that ours have taken over with their place. Elsewhere, [`put_foreign_back`] does, after ours are gone.
+pub fn give_foreign_names_back(units: &[ForeignUnit]) -> Result<()> {
+    if scm::runs() { scm::foreign::put_back(units) } else { Ok(()) }
 }
 
 /// Removes foreign units that were set aside.

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::core::model::{Arch, Os};
 
 #[cfg(unix)]
@@ -79,18 +81,49 @@ pub struct ServiceState {
     pub command: String,
 }
 
-/// A service of Windows, of aops or of others.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A service of Windows, of aops or of others, with all that it can be put back with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct RegisteredService {
     pub name: String,
     pub display_name: String,
+    pub description: Option<String>,
     /// The program with its arguments.
     pub command: String,
-    /// As Windows counts them.
+    /// These three as Windows counts them.
+    pub service_type: u32,
     pub start_type: u32,
+    pub error_control: u32,
+    /// Whether it starts after others at boot; `None`: this system does not know the setting.
+    pub is_delayed: Option<bool>,
+    /// Other services and groups of services, which have a `+`.
+    pub dependencies: Vec<String>,
     /// The user as whom it runs.
     pub account: Option<String>,
+    pub failure: Option<FailureActions>,
     pub is_running: bool,
+}
+
+/// What Windows does when a service fails.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FailureActions {
+    /// The time without a failure after which the first action applies again; `None`: never.
+    pub reset_seconds: Option<u64>,
+    pub reboot_message: Option<String>,
+    pub command: Option<String>,
+    /// The kind, as Windows counts it, and the milliseconds before it.
+    pub actions: Vec<(i32, u64)>,
+    /// Whether an exit with an error counts as a failure; `None`: this system does not know the setting.
+    pub also_after_errors: Option<bool>,
+}
+
+impl RegisteredService {
+    /// Whether its account has a password, which cannot be read.
+    pub fn has_password(&self) -> bool {
+        let account = self.account.as_deref().unwrap_or_default().to_lowercase();
+        !(account.is_empty() || account == "localsystem" || account.starts_with(r"nt authority\"))
+    }
 }
 
 /// A client that connected to the control socket.

@@ -19,7 +19,7 @@ pub mod script;
 pub mod stop;
 pub mod tree;
 
-/// Has this process keep the groups of a home's sub-agents, if they would be lost with the processes that know them.
+/// Keeps the groups of a home's sub-agents open in this process, if a group is lost with the last process that has it open.
 pub fn hold_groups(home: &Home) {
     platform::hold_groups(&home.agents_unit());
 }

@@ -77,8 +77,8 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     platform::detach_from_caller(&mut command);
-    platform::leave_groups(&mut command, &home.agents_unit());
-    command.spawn().with_context(|| format!("cannot start {}", program.display()))
+    platform::spawn_outside_groups(&mut command, &home.agents_unit())
+        .with_context(|| format!("cannot start {}", program.display()))
 }
 
 /// Acquires the role until the value is dropped; `None`: another process holds it and did not release it within `deadline`.
@@ -190,7 +190,7 @@ pub fn current_holder(home: &Home, role: Role) -> Option<RoleHolder> {
 /// Creates the missing directories of a safe home; returns them.
 pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
     permissions::home(home)?;
-    executable::sweep_replaced(home);
+    executable::complete_replacements(home);
     let missing = home.directories().into_iter().filter(|(directory, _)| !directory.exists());
     let mut created = Vec::new();
     for (directory, mode) in missing {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::platform::RegisteredService;
+
 /// Such a unit, or a service of Windows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -16,17 +18,7 @@ pub struct ForeignUnit {
     pub(super) paths: Vec<PathBuf>,
     /// How it is registered on Windows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) registration: Option<Registration>,
-}
-
-/// What a service of Windows is put back with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Registration {
-    pub(super) display_name: String,
-    pub(super) command: String,
-    pub(super) start_type: u32,
-    pub(super) account: Option<String>,
+    pub(super) registration: Option<RegisteredService>,
 }
 
 impl ForeignUnit {

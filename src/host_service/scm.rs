@@ -84,9 +84,11 @@ fn state(home: &Home, role: Role) -> Result<Option<ServiceState>> {
     Ok(state.filter(|state| is_ours(&state.command)))
 }
 
-/// Whether aops has registered a service with this command line.
+/// Whether aops has registered a service with this command line, in this release or another one.
 fn is_ours(command: &str) -> bool {
-    command.contains(" --home ") && command.trim_end().ends_with(&format!("--service {}", ServiceManagerKind::Scm))
+    let option = format!(" --service {}", ServiceManagerKind::Scm);
+    let is_next = |rest: &str| rest.is_empty() || rest.starts_with(' ');
+    command.contains(" --home ") && command.split(&option).skip(1).any(is_next)
 }
 
 /// Whether a service runs: the state of one whose process was killed may be out of date.
@@ -95,10 +97,31 @@ fn is_up(state: &ServiceState) -> bool {
     state.run.has_process() && lives()
 }
 
-pub fn can_register(_home: &Home) -> Result<()> {
+pub fn can_register(home: &Home) -> Result<()> {
     platform::can_register_services().context(
         "cannot register services: run the command as an administrator, in an elevated command prompt, or use --service none",
-    )
+    )?;
+    for role in Role::BOTH {
+        let name = home.unit(*role);
+        let what = || format!("cannot register the service {name}");
+        let Some(there) = platform::registered_service(&name).with_context(what)? else { continue };
+        if is_ours(&there.command) {
+            continue;
+        }
+        // One of the old installation in this home is set aside.
+        if !foreign::runs_from(home, &there.command) {
+            bail!("{}: a service of this name runs {}; remove it with `sc delete {name}`", what(), there.command);
+        }
+        if there.has_password() {
+            bail!(
+                "{}: the service of this name runs as {}, whose password could not be put back; have it run as LocalSystem, or remove it \
+                 with `sc delete {name}`",
+                what(),
+                there.account.unwrap_or_default()
+            );
+        }
+    }
+    Ok(())
 }
 
 pub fn can_unregister(home: &Home) -> Result<()> {
@@ -135,10 +158,13 @@ pub fn refresh(home: &Home) -> Result<bool> {
     Ok(has_outdated)
 }
 
-/// Removes the services, also if one is already gone.
+/// Removes the services, also if one is already gone. What somebody else registered under the name of one stays.
 pub fn unregister(home: &Home) -> Result<()> {
     for role in Role::BOTH {
         let name = home.unit(*role);
+        if state(home, *role)?.is_none() {
+            continue;
+        }
         platform::remove_service(&name).with_context(|| format!("cannot remove the service {name}"))?;
         let deadline = Instant::now() + REMOVAL_TIMEOUT;
         // Until every program has closed it, the name is taken.
@@ -248,4 +274,22 @@ pub fn standing(home: &Home, role: Role) -> Result<UnitCondition> {
 /// Never: a restart does not stop the service, but asks its process to exit.
 pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
     Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_ours;
+
+    #[test]
+    fn our_services_are_recognized_by_their_command_line() {
+        for (command, expected) in [
+            (r#""C:\Program Files\aops\bin\aops.exe" spm --home "C:\Program Files\aops" --service scm"#, true),
+            (r"D:\ops\bin\aops-spa.exe --home D:\ops --service scm --later option", true),
+            (r"D:\ops\bin\aops-spa.exe --home D:\ops --service scmx", false),
+            (r"D:\ops\bin\aops-spm.exe --service scm", false),
+            (r"D:\ops\bin\aops-spm.exe -c D:\ops\etc\conf.yml", false),
+        ] {
+            assert_eq!(is_ours(command), expected, "{command}");
+        }
+    }
 }

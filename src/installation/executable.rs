@@ -66,9 +66,8 @@ pub fn complete_replacements(home: &Home) {
     [&home.bin(), home.root()].into_iter().for_each(attempt);
 }
 
-/// Completes them, and removes replaced executables that no process runs any more.
-pub fn sweep_replaced(home: &Home) {
-    complete_replacements(home);
+/// Removes replaced executables that no process runs any more.
+pub fn remove_replaced(home: &Home) {
     [&home.bin(), home.root()].into_iter().for_each(platform::remove_replaced);
 }
 

@@ -1,14 +1,15 @@
 //! The temporary files that killed processes left in a home.
 //!
 //! A process that replaces a file writes `.new-<pid>-<start time>-<random>` beside it and renames it. A kill or a power cut in between leaves the
-//! temporary file, and nothing reads or replaces it later. The files of an upgrade that is over are removed, too.
+//! temporary file, and nothing reads or replaces it later. The files of an upgrade that is over, and executables that were replaced while
+//! they ran, are removed, too.
 
 use std::fs::{self, DirEntry};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use crate::home::Home;
-use crate::installation::{permissions, upgrade};
+use crate::installation::{executable, permissions, upgrade};
 use crate::{platform, store};
 
 /// A replacement takes less time. An older temporary file is stale even if its name does not identify its creator.
@@ -30,6 +31,7 @@ pub fn sweep(home: &Home) {
         }
     }
     upgrade::sweep(home);
+    executable::remove_replaced(home);
 }
 
 fn is_stale(entry: &DirEntry) -> bool {

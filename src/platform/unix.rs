@@ -23,7 +23,7 @@ mod services;
 pub use access::{deny_write_to_others, weakness, weakness_of_parents};
 pub use group::{Group, Groups, hold_groups};
 pub use launch::{Child, launch};
-pub use leave_cgroup::{leave_groups, remove_role_groups};
+pub use leave_cgroup::{remove_role_groups, spawn_outside_groups};
 pub use local::*;
 pub use mounts::mounts_in;
 pub use process::*;

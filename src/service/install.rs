@@ -253,6 +253,9 @@ fn roll_back(
         done(roles::stop_all(home));
     }
     if step >= InstallStep::Register && plan.kind.is_some() && !was_registered(plan) {
+        if plan.existing == ExistingInstallation::Old {
+            done(legacy::give_names_back(home));
+        }
         done(roles::register(home, ServiceManagerKind::None));
         if plan.packaged.is_some() {
             // As the package left them.

@@ -54,7 +54,7 @@ fn has_control(home: &Home) -> bool {
 
 /// The executable `control` script of the old installation; `None`: there is none, or it is the link of aops.
 pub(super) fn script(home: &Home) -> Option<PathBuf> {
-    let control = home.control_link();
+    let control = platform::find_program(home.root().join("control"));
     let is_file = control.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
     (is_file && platform::is_executable(&control)).then_some(control)
 }
@@ -76,7 +76,7 @@ pub(super) fn stop(home: &Home, kind: ServiceManagerKind) -> Result<()> {
     let units: Vec<_> = units.into_iter().map(|unit| unit.or_recorded(&earlier.units)).collect();
     let names: Vec<_> = units.iter().map(ForeignUnit::name).collect();
     if !names.is_empty() {
-        progress::say(format_args!("stopping the units of the existing installation: {}", names.join(", ")));
+        progress::say(format_args!("stopping the services of the existing installation: {}", names.join(", ")));
     }
     let mut record = StopRecord { units, ran_without_units: earlier.ran_without_units };
     store::save(&record_path(home), &record)?;
@@ -105,6 +105,11 @@ pub(super) fn start(home: &Home) -> Result<()> {
     by_units
 }
 
+/// Gives its units the names back that ours have, where these took over their place.
+pub(super) fn give_names_back(home: &Home) -> Result<()> {
+    host_service::give_foreign_names_back(&stop_record(home)?.units)
+}
+
 /// Restarts it if an interrupted take-over had stopped it.
 pub(super) fn start_if_interrupted(home: &Home) {
     if record_path(home).symlink_metadata().is_err() {
@@ -125,7 +130,7 @@ pub(super) fn record_path(home: &Home) -> PathBuf {
 }
 
 fn control(home: &Home, verb: &str) -> Result<()> {
-    let path = home.control_link();
+    let path = platform::find_program(home.root().join("control"));
     let finished = command::run(Command::new(&path).arg(verb).current_dir(home.root()), CONTROL_TIMEOUT)?;
     finished.success().map(drop).with_context(|| format!("cannot run `{} {verb}`", path.display()))
 }

@@ -86,12 +86,18 @@ const CHECKS: &[Check] = &[
         ..foreground("power-cut", Program::Task, &["power-cut", "--cuts", "3", "--points", "10"])
     },
     foreground("tests-for-windows", Program::Task, &["test-windows"]),
-    foreground("scenarios-for-windows", Program::Task, &["test-windows", "--scenarios", "--profile", "ci"]),
-    foreground(
-        "scenarios-for-windows-386",
-        Program::Task,
-        &["test-windows", "--scenarios", "--profile", "ci", "--target", "windows/386"],
-    ),
+    Check {
+        shared: BUILT_FOR_WINDOWS,
+        ..foreground("scenarios-for-windows", Program::Task, &["test-windows", "--scenarios"])
+    },
+    Check {
+        shared: BUILT_FOR_WINDOWS,
+        ..foreground(
+            "scenarios-for-windows-386",
+            Program::Task,
+            &["test-windows", "--scenarios", "--target", "windows/386"],
+        )
+    },
     // For each platform; packed, and thereby tested, by `executables`.
     background("build-of-executables", &["dist", "--no-pack", "--profile", "ci"]),
     background("windows", &["check-windows"]),
@@ -102,7 +108,9 @@ const CHECKS: &[Check] = &[
 
 /// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
-/// The same; static, with the gateway.
+/// By `executables`.
+const BUILT_FOR_WINDOWS: &[&str] = &["--profile", "ci"];
+/// Relative, too; static, with the gateway.
 const BUILT_BY_EXECUTABLES: &str = "dist-ci/aops-gateway-linux-amd64";
 /// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
@@ -127,7 +135,7 @@ impl Check {
 
     fn command_with_shared(&self) -> Command {
         let target = workspace::target();
-        let path = |word: &&str| if word.starts_with('-') { PathBuf::from(word) } else { target.join(word) };
+        let path = |word: &&str| if word.contains('/') { target.join(word) } else { PathBuf::from(word) };
         let mut command = self.command();
         command.args(self.shared.iter().map(path));
         command

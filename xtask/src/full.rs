@@ -9,7 +9,7 @@
 //! stranded      24 kills at steps drawn by a seed    each step of an upgrade, alone and together
 //! durability    -                                   whole, with a release build
 //! power-cut     3 cuts, 10 points                   100 cuts, 20 jumps of the clock, 300 points; other kernels and file systems
-//! dist, rpm     hardly optimized, 64-bit installed   as handed out; installed and upgraded in both widths and in virtual machines
+//! dist, rpm     profile ci, 64-bit installed       as handed out; installed and upgraded in both widths and in virtual machines
 //! scenarios     of Linux in 64 bit                   in 32 bit, too; and as on Linux 3.10, in both widths
 //! for Windows   most scenarios                       every scenario; upgrades killed at each step
 //! endurance     -                                   1,000 upgrades of the manager, and 200 under load

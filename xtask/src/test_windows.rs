@@ -96,6 +96,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         bail!("cannot run the tests for another platform than Windows; for Linux, use `cargo xtask test --target`");
     }
     ensure!(
+        arguments.profile.is_none() || arguments.has_hosts(),
+        "--profile is for --scenarios and --kill-steps: the unit tests are a program of their own"
+    );
+    ensure!(
         !arguments.kill_steps || arguments.target == Target::WindowsAmd64,
         "cannot count the steps of a 32-bit executable; leave out --target"
     );

@@ -1,15 +1,15 @@
-//! Services that somebody else registered for the programs in a home. A service is set aside by disabling it; its settings are recorded,
-//! since ours may get its name.
+//! Services that somebody else registered for the programs in a home. A service is set aside by disabling it. Its settings are recorded: ours
+//! may get its name, and with it its place.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{POLL, START_TIMEOUT, is_ours};
+use super::{POLL, START_TIMEOUT, is_ours, is_up};
 use crate::home::Home;
-use crate::host_service::foreign::{ForeignUnit, Registration};
-use crate::platform::{self, RegisteredService, ServiceRun};
+use crate::host_service::foreign::ForeignUnit;
+use crate::platform::{self, RegisteredService, ServiceRun, ServiceState};
 
 /// After that the processes of a service are stopped without it.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -17,107 +17,130 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 /// The services that run a program in the home and were not registered by aops.
 pub fn find(home: &Home) -> Result<Vec<ForeignUnit>> {
     let services = platform::registered_services().context("cannot list the services of this host")?;
-    let is_foreign = |service: &RegisteredService| {
-        let is_inside = program_in(&service.command).ancestors().skip(1).any(|path| home.is_at(path));
-        is_inside && !is_ours(&service.command)
-    };
+    let is_foreign = |service: &RegisteredService| runs_from(home, &service.command) && !is_ours(&service.command);
     let unit = |service: RegisteredService| ForeignUnit {
+        name: service.name.clone(),
         is_active: service.is_running,
-        name: service.name,
         paths: vec![],
-        registration: Some(Registration {
-            display_name: service.display_name,
-            command: service.command,
-            start_type: service.start_type,
-            account: service.account,
-        }),
+        registration: Some(service),
     };
     Ok(services.into_iter().filter(is_foreign).map(unit).collect())
 }
 
+/// Whether a service with this command line runs a program in the home.
+pub(super) fn runs_from(home: &Home, command: &str) -> bool {
+    program_in(command).ancestors().skip(1).any(|path| home.is_at(path))
+}
+
 /// Checks that they can be set aside.
 pub fn can_set_aside(units: &[ForeignUnit]) -> Result<()> {
-    if !units.is_empty() && !platform::is_root() {
-        bail!("cannot remove the services of the old installation: run the command in an elevated command prompt");
+    for unit in units {
+        platform::can_change_service(&unit.name).with_context(|| {
+            format!(
+                "cannot remove the service {} of the old installation: run the command in an elevated command prompt",
+                unit.name
+            )
+        })?;
     }
     Ok(())
 }
 
-/// Stops them; they still start at boot.
+/// Stops and disables them: one may start another again, and Windows one that has failed.
 pub fn stop(units: &[ForeignUnit]) -> Result<()> {
-    for unit in units {
-        platform::stop_service(&unit.name).with_context(|| format!("cannot stop the service {}", unit.name))?;
-    }
+    set_aside(units)?;
     let deadline = Instant::now() + STOP_TIMEOUT;
-    for unit in units {
-        while is_up(unit)? && Instant::now() < deadline {
-            platform::pause(POLL);
+    loop {
+        let mut running = Vec::new();
+        for unit in units {
+            if state(unit)?.is_some_and(|state| is_up(&state)) {
+                running.push(unit.name());
+                stop_one(unit)?;
+            }
         }
+        if running.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!(services = ?running, "services do not stop; their processes are stopped");
+            return Ok(());
+        }
+        platform::pause(POLL);
     }
-    Ok(())
 }
 
-/// Whether a process of it runs.
-fn is_up(unit: &ForeignUnit) -> Result<bool> {
-    let state = platform::service_state(&unit.name);
-    let state = state.with_context(|| format!("cannot query the service {}", unit.name))?;
-    Ok(state.is_some_and(|state| super::is_up(&state)))
+fn stop_one(unit: &ForeignUnit) -> Result<()> {
+    match platform::stop_service(&unit.name) {
+        Err(error) if !platform::may_stop_later(&error) => {
+            Err(error).with_context(|| format!("cannot stop the service {}", unit.name))
+        }
+        _ => Ok(()),
+    }
 }
 
-/// Disables them.
+fn state(unit: &ForeignUnit) -> Result<Option<ServiceState>> {
+    platform::service_state(&unit.name).with_context(|| format!("cannot query the service {}", unit.name))
+}
+
+/// Disables them, except where ours has the name already.
 pub fn set_aside(units: &[ForeignUnit]) -> Result<()> {
-    for unit in units {
-        platform::disable_service(&unit.name).with_context(|| format!("cannot disable the service {}", unit.name))?;
-    }
-    Ok(())
+    each(units, |unit| {
+        if state(unit)?.is_some_and(|state| !is_ours(&state.command)) {
+            platform::disable_service(&unit.name)
+                .with_context(|| format!("cannot disable the service {}", unit.name))?;
+        }
+        Ok(())
+    })
 }
 
 /// Registers them as before, also if some are in place already. Starts nothing.
 pub fn put_back(units: &[ForeignUnit]) -> Result<()> {
-    for unit in units {
-        let Some(registration) = &unit.registration else { continue };
-        let service = RegisteredService {
-            name: unit.name.clone(),
-            display_name: registration.display_name.clone(),
-            command: registration.command.clone(),
-            start_type: registration.start_type,
-            account: registration.account.clone(),
-            is_running: false,
-        };
-        platform::restore_service(&service).with_context(|| format!("cannot register the service {}", unit.name))?;
-    }
-    Ok(())
+    each(units, |unit| {
+        let restored = unit.registration.as_ref().map_or(Ok(()), platform::restore_service);
+        restored.with_context(|| format!("cannot register the service {} as before", unit.name))
+    })
 }
 
 /// Removes those that aops has not replaced by its own.
 pub fn remove(units: &[ForeignUnit]) -> Result<()> {
-    for unit in units {
-        let state = platform::service_state(&unit.name);
-        let state = state.with_context(|| format!("cannot query the service {}", unit.name))?;
-        if state.is_some_and(|state| !is_ours(&state.command)) {
+    each(units, |unit| {
+        if state(unit)?.is_some_and(|state| !is_ours(&state.command)) {
             platform::remove_service(&unit.name).with_context(|| format!("cannot remove the service {}", unit.name))?;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
-/// Starts those that were active.
+/// Starts those that were active, and has them start at boot as before.
 pub fn start(units: &[ForeignUnit]) -> Result<()> {
-    for unit in units.iter().filter(|unit| unit.is_active) {
-        let what = || format!("cannot start the service {}", unit.name);
-        platform::start_service(&unit.name).with_context(what)?;
-        let deadline = Instant::now() + START_TIMEOUT;
-        while platform::service_state(&unit.name)
-            .with_context(what)?
-            .is_some_and(|state| state.run == ServiceRun::Changing)
-        {
-            if Instant::now() >= deadline {
-                bail!("{}: it did not start within {START_TIMEOUT:?}", what());
-            }
-            platform::pause(POLL);
+    put_back(units)?;
+    let active: Vec<ForeignUnit> = units.iter().filter(|unit| unit.is_active).cloned().collect();
+    // All at once: one may need another.
+    let outcome = each(&active, |unit| platform::start_service(&unit.name).with_context(|| cannot_start(unit)));
+    outcome.and(each(&active, wait_until_started))
+}
+
+fn cannot_start(unit: &ForeignUnit) -> String {
+    format!("cannot start the service {}", unit.name)
+}
+
+fn wait_until_started(unit: &ForeignUnit) -> Result<()> {
+    let deadline = Instant::now() + START_TIMEOUT;
+    loop {
+        match state(unit)?.map(|state| state.run) {
+            Some(ServiceRun::Running) => return Ok(()),
+            Some(ServiceRun::Changing) if Instant::now() < deadline => platform::pause(POLL),
+            Some(ServiceRun::Changing) => bail!("{}: it did not start within {START_TIMEOUT:?}", cannot_start(unit)),
+            Some(ServiceRun::Stopped | ServiceRun::Failed) => bail!("{}: it stopped at once", cannot_start(unit)),
+            None => bail!("{}: it does not exist", cannot_start(unit)),
         }
     }
-    Ok(())
+}
+
+/// Does it for each, also after a failure; the error lists all failures.
+fn each(units: &[ForeignUnit], work: impl Fn(&ForeignUnit) -> Result<()>) -> Result<()> {
+    let failures: Vec<String> =
+        units.iter().filter_map(|unit| work(unit).err()).map(|error| format!("{error:#}")).collect();
+    if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
 }
 
 /// The program in the command line of a service. Without quotation marks, its path may have spaces: it ends with the first `.exe`.

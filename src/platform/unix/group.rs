@@ -141,7 +141,7 @@ impl Groups {
     }
 }
 
-/// Nothing to do: a cgroup exists without any process that knows it.
+/// Nothing to do: a cgroup exists until it is removed.
 pub fn hold_groups(_key: &str) {}
 
 /// The possible locations, best first.

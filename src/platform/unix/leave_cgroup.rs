@@ -11,10 +11,11 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -23,8 +24,8 @@ use super::group::{self, Hierarchy};
 /// The group of the roles, next to the `agent-<name>` groups.
 const ROLES: &str = "roles";
 
-/// Makes a command leave the cgroups that it is started in. `key` names the home, as for the groups of its sub-agents.
-pub fn leave_groups(command: &mut Command, key: &str) {
+/// Starts a command outside of the cgroups that this process is in. `key` names the home, as for the groups of its sub-agents.
+pub fn spawn_outside_groups(command: &mut Command, key: &str) -> io::Result<Child> {
     let memberships = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let location = group::location_name(key);
     let targets: Vec<Vec<CString>> = group::mounted()
@@ -44,6 +45,7 @@ pub fn leave_groups(command: &mut Command, key: &str) {
     };
     // SAFETY: the closure runs in the forked child and makes raw system calls only; everything that it uses was allocated before the fork.
     unsafe { command.pre_exec(in_child) };
+    command.spawn()
 }
 
 /// Removes the roles' groups that have no processes, and their parent with the last one.

@@ -34,9 +34,24 @@ pub fn service_state(_name: &str) -> io::Result<Option<ServiceState>> {
     Ok(None)
 }
 
+/// No service exists.
+pub fn registered_service(_name: &str) -> io::Result<Option<RegisteredService>> {
+    Ok(None)
+}
+
 /// There are none.
 pub fn registered_services() -> io::Result<Vec<RegisteredService>> {
     Ok(Vec::new())
+}
+
+/// Always an error.
+pub fn can_change_service(_name: &str) -> io::Result<()> {
+    Err(unsupported())
+}
+
+/// Never.
+pub fn may_stop_later(_error: &io::Error) -> bool {
+    false
 }
 
 /// Always an error.

@@ -1,8 +1,9 @@
-//! The group that holds a sub-agent's process tree: a Job Object, which no process can leave.
+//! The group that holds a sub-agent's process tree: a Job Object. Processes started in it are in it, too, unless their starter wants them
+//! outside: a role that a sub-agent starts.
 //!
 //! It outlives us. A job exists as long as a process is in it, but can be opened by its name only while a handle to it is open. So each
 //! process that we start gets a handle to its own job (which its children inherit, as most programs allow), we keep a handle to every job that
-//! we created or opened, and so does the watchdog ([`hold_groups`]).
+//! we created or opened, and the watchdog looks for jobs and keeps them open, too ([`hold_groups`]).
 //!
 //! The next manager opens it by its name. A process in it without a record was being started when the previous manager exited, or was left
 //! behind by a process that has exited since.
@@ -20,9 +21,9 @@ use windows_sys::Win32::Foundation::{
 use windows_sys::Win32::Storage::FileSystem::SYNCHRONIZE;
 use windows_sys::Win32::System::JobObjects::{
     AssignProcessToJobObject, CreateJobObjectW, JOB_OBJECT_LIMIT, JOB_OBJECT_LIMIT_ACTIVE_PROCESS,
-    JOBOBJECT_BASIC_LIMIT_INFORMATION, JOBOBJECT_BASIC_PROCESS_ID_LIST, JobObjectBasicLimitInformation,
-    JobObjectBasicProcessIdList, OpenJobObjectW, QueryInformationJobObject, SetInformationJobObject,
-    TerminateJobObject,
+    JOB_OBJECT_LIMIT_BREAKAWAY_OK, JOBOBJECT_BASIC_PROCESS_ID_LIST, JOBOBJECT_EXTENDED_LIMIT_INFORMATION,
+    JobObjectBasicProcessIdList, JobObjectExtendedLimitInformation, OpenJobObjectW, QueryInformationJobObject,
+    SetInformationJobObject, TerminateJobObject,
 };
 use windows_sys::Win32::System::SystemServices::{
     JOB_OBJECT_ASSIGN_PROCESS, JOB_OBJECT_QUERY, JOB_OBJECT_SET_ATTRIBUTES, JOB_OBJECT_TERMINATE,
@@ -47,6 +48,12 @@ const POLL: Duration = Duration::from_millis(250);
 
 /// The jobs that this process has open, by name.
 static OPEN_JOBS: Mutex<BTreeMap<String, Arc<OwnedHandle>>> = Mutex::new(BTreeMap::new());
+
+/// Whether this process has the job of a group open.
+#[cfg(test)]
+pub(super) fn is_open(group: &Group) -> bool {
+    open_jobs().contains_key(&group.name)
+}
 
 fn open_jobs() -> MutexGuard<'static, BTreeMap<String, Arc<OwnedHandle>>> {
     OPEN_JOBS.lock().unwrap_or_else(PoisonError::into_inner)
@@ -76,7 +83,7 @@ impl Groups {
         self.prefix.clone()
     }
 
-    /// Nothing to do: no process can leave a job. A role that a sub-agent started is killed with it.
+    /// Nothing to do: no process can leave its job. A role is started outside of its starter's.
     pub fn leave(&self) -> io::Result<bool> {
         Ok(false)
     }
@@ -97,8 +104,8 @@ impl Groups {
     }
 }
 
-/// Opens every job of a home and keeps it open: then its name remains, although every process with a handle to it has exited. Jobs that have
-/// become empty are closed.
+/// Opens the jobs of a home's sub-agents and keeps them open: then their names remain, although every process with a handle to one has exited.
+/// Jobs that have become empty are closed. A sub-agent whose main process alone is ours has nothing to lose with its job.
 pub fn hold_groups(key: &str) {
     let Some(groups) = Groups::find(key) else { return };
     for agent in groups.all().unwrap_or_default() {
@@ -129,7 +136,7 @@ impl Group {
             Some(job) => job,
             None => self.create()?,
         };
-        limit(&job, 0, 0)
+        limit(&job, JOB_OBJECT_LIMIT_BREAKAWAY_OK, 0)
     }
 
     fn create(&self) -> io::Result<Arc<OwnedHandle>> {
@@ -284,7 +291,7 @@ impl Group {
             return Err(io::Error::last_os_error());
         }
         if let Err(error) = self.give_handles(&job, process) {
-            tracing::warn!(job = self.name, error = %error, "a sub-agent cannot be given a handle to its job");
+            tracing::warn!(job = self.name, error = %error, "a sub-agent cannot be given handles to its job and its stop event; it may not be asked to stop before it is killed");
         }
         Ok(())
     }
@@ -316,12 +323,15 @@ fn raw(handle: &OwnedHandle) -> HANDLE {
     handle.as_raw_handle()
 }
 
+/// Sets all limits of a job; those that are not given end.
 fn limit(job: &OwnedHandle, flags: JOB_OBJECT_LIMIT, processes: u32) -> io::Result<()> {
-    let limits =
-        JOBOBJECT_BASIC_LIMIT_INFORMATION { LimitFlags: flags, ActiveProcessLimit: processes, ..Default::default() };
+    let mut limits = JOBOBJECT_EXTENDED_LIMIT_INFORMATION::default();
+    limits.BasicLimitInformation.LimitFlags = flags;
+    limits.BasicLimitInformation.ActiveProcessLimit = processes;
     let size = size_of_val(&limits) as u32;
     // SAFETY: the handle is open, and the structure has the given size.
-    let done =
-        unsafe { SetInformationJobObject(raw(job), JobObjectBasicLimitInformation, (&raw const limits).cast(), size) };
+    let done = unsafe {
+        SetInformationJobObject(raw(job), JobObjectExtendedLimitInformation, (&raw const limits).cast(), size)
+    };
     if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -170,7 +170,7 @@ impl Child {
 mod tests {
     use std::path::Path;
 
-    use super::super::group::{Groups, hold_groups};
+    use super::super::group::{Groups, hold_groups, is_open};
     use super::super::{ended, signal, start_time};
     use super::*;
     use crate::core::manifest::StopSignal;
@@ -179,6 +179,7 @@ mod tests {
     const TREE: &str = "platform::windows::launch::tests::a_tree_of_two";
     const LEAF: &str = "platform::windows::launch::tests::a_leaf";
     const MANAGER: &str = "platform::windows::launch::tests::a_manager";
+    const STARTER: &str = "platform::windows::launch::tests::a_starter_of_a_role";
     const HOLDER: &str = "platform::windows::launch::tests::a_holder_of_its_job";
 
     /// Blocks until it is killed.
@@ -197,6 +198,17 @@ mod tests {
         let Some(argument) = testing::part(TREE) else { return };
         testing::part_command(LEAF, "").spawn().unwrap();
         if argument != "leave" {
+            testing::block();
+        }
+    }
+
+    /// Starts a leaf as a role is started, and blocks.
+    #[test]
+    #[allow(clippy::zombie_processes, reason = "it is killed with the leaf")]
+    fn a_starter_of_a_role() {
+        if testing::part(STARTER).is_some() {
+            let mut leaf = testing::part_command(LEAF, "");
+            crate::platform::spawn_outside_groups(&mut leaf, "").unwrap();
             testing::block();
         }
     }
@@ -298,18 +310,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_role_that_a_sub_agent_starts_is_not_in_its_job() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = start(directory.path(), testing::part_command(STARTER, ""));
+        let role: u32 = wait_for("the role", || reported(directory.path())).parse().unwrap();
+        let group = group(directory.path());
+        let members = group.members().unwrap();
+        assert!(members.contains(&child.pid) && !members.contains(&role), "{members:?}");
+        group.kill().unwrap();
+        end_of(&mut child).await;
+        let started = start_time(role).expect("it runs without its starter");
+        assert!(signal(role, started, StopSignal::Kill).unwrap());
+    }
+
+    #[tokio::test]
     async fn jobs_are_held_until_they_are_empty() {
         let directory = tempfile::tempdir().unwrap();
         let key = key(directory.path());
-        let mut child = start(directory.path(), testing::part_command(LEAF, ""));
+        let argument = directory.path().to_str().unwrap();
+        let mut manager = OtherProcess::start(MANAGER, argument);
+        let root: u32 = manager.line().parse().unwrap();
         let group = group(directory.path());
-        for _ in 0..2 {
-            hold_groups(&key);
-            assert!(group.members().unwrap().contains(&child.pid));
-        }
+        assert!(!is_open(&group));
+        hold_groups(&key);
+        assert!(is_open(&group));
+        manager.kill();
+        hold_groups(&key);
+        assert!(is_open(&group) && group.members().unwrap().contains(&root));
         group.kill().unwrap();
-        end_of(&mut child).await;
-        drop(child);
         wait_for("its name to be free", || {
             hold_groups(&key);
             groups(directory.path()).all().unwrap().is_empty().then_some(())

@@ -7,13 +7,13 @@ use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
 use std::os::windows::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::{Child as StdChild, Command, ExitStatus};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use windows_sys::Win32::Foundation::{
-    FILETIME, HANDLE, HANDLE_FLAG_INHERIT, INVALID_HANDLE_VALUE, STILL_ACTIVE, SetHandleInformation, WAIT_OBJECT_0,
-    WAIT_TIMEOUT,
+    ERROR_ACCESS_DENIED, FILETIME, HANDLE, HANDLE_FLAG_INHERIT, INVALID_HANDLE_VALUE, STILL_ACTIVE,
+    SetHandleInformation, WAIT_OBJECT_0, WAIT_TIMEOUT,
 };
 use windows_sys::Win32::System::Console::{GetStdHandle, STD_ERROR_HANDLE, STD_INPUT_HANDLE, STD_OUTPUT_HANDLE};
 use windows_sys::Win32::System::Diagnostics::ToolHelp::{
@@ -22,9 +22,9 @@ use windows_sys::Win32::System::Diagnostics::ToolHelp::{
 use windows_sys::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS_EX};
 use windows_sys::Win32::System::SystemInformation::{GetSystemTimeAsFileTime, GetTickCount64};
 use windows_sys::Win32::System::Threading::{
-    CREATE_DEFAULT_ERROR_MODE, CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, GetExitCodeProcess, GetProcessTimes,
-    NORMAL_PRIORITY_CLASS, OpenProcess, PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE,
-    QueryFullProcessImageNameW, WaitForSingleObject,
+    CREATE_BREAKAWAY_FROM_JOB, CREATE_DEFAULT_ERROR_MODE, CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW,
+    GetExitCodeProcess, GetProcessTimes, NORMAL_PRIORITY_CLASS, OpenProcess, PROCESS_QUERY_LIMITED_INFORMATION,
+    PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW, WaitForSingleObject,
 };
 
 use super::watch;
@@ -402,10 +402,20 @@ pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
     NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect()
 }
 
-/// Nothing to do: Windows does not end a process with its starter, and roles have no groups.
-pub fn leave_groups(_command: &mut Command, _key: &str) {}
+/// Starts a detached command outside of this process's job, if it is in one: that of a sub-agent, or of a remote session, which may end with
+/// it. A job may forbid that. Roles have no groups of their own.
+pub fn spawn_outside_groups(command: &mut Command, _key: &str) -> io::Result<StdChild> {
+    match command.creation_flags(DETACHED_FLAGS | CREATE_BREAKAWAY_FROM_JOB).spawn() {
+        Err(error) if error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) => {
+            let child = command.creation_flags(DETACHED_FLAGS).spawn()?;
+            tracing::warn!(pid = child.id(), "what was started is in the job of its caller, and may end with that one");
+            Ok(child)
+        }
+        outcome => outcome,
+    }
+}
 
-/// See [`leave_groups`].
+/// See [`spawn_outside_groups`].
 pub fn remove_role_groups(_key: &str) {}
 
 /// Windows has no zombies.

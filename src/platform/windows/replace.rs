@@ -7,7 +7,7 @@
 //! aops.exe                       before
 //! aops.exe.<time>.old            1. moved away: for an instant there is no aops.exe
 //! aops.exe                       2. the new file is renamed to it
-//! aops.exe.<time>.old            3. removed by a later start, when no process runs it
+//! aops.exe.<time>.old            3. removed by a role that starts later, when no process runs it
 //! ```
 //!
 //! One name is replaced at a time, so after a power cut between the first two steps every other name is there, and the role that it starts
@@ -107,7 +107,7 @@ fn name_before(away: &str) -> Option<&str> {
     (time.len() == 16 && time.bytes().all(|byte| byte.is_ascii_hexdigit())).then_some(name)
 }
 
-/// Gives a file whose name an interrupted replacement left missing its name back.
+/// Restores the names that an interrupted replacement left missing.
 pub fn complete_replacements(directory: &Path) -> io::Result<()> {
     for (name, files) in moved_away(directory)? {
         let path = directory.join(name);

@@ -1,4 +1,4 @@
-//! Services that others have registered: their list, and changes that leave what is not mentioned as it is.
+//! Services that others have registered: their list, and settings of a service that the crate windows-service cannot read or clear.
 
 use std::io;
 use std::ptr::{null, null_mut};
@@ -6,8 +6,10 @@ use std::ptr::{null, null_mut};
 use windows_sys::Win32::Foundation::ERROR_MORE_DATA;
 use windows_sys::Win32::System::Services::{
     ChangeServiceConfigW, CloseServiceHandle, ENUM_SERVICE_STATUS_PROCESSW, EnumServicesStatusExW, OpenSCManagerW,
-    OpenServiceW, SC_ENUM_PROCESS_INFO, SC_HANDLE, SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE,
-    SERVICE_CHANGE_CONFIG, SERVICE_NO_CHANGE, SERVICE_STATE_ALL, SERVICE_STOPPED, SERVICE_WIN32,
+    OpenServiceW, QueryServiceConfig2W, SC_ENUM_PROCESS_INFO, SC_HANDLE, SC_MANAGER_CONNECT,
+    SC_MANAGER_ENUMERATE_SERVICE, SERVICE_CHANGE_CONFIG, SERVICE_CONFIG, SERVICE_CONFIG_DELAYED_AUTO_START_INFO,
+    SERVICE_CONFIG_DESCRIPTION, SERVICE_DELAYED_AUTO_START_INFO, SERVICE_DESCRIPTIONW, SERVICE_NO_CHANGE,
+    SERVICE_QUERY_CONFIG, SERVICE_STATE_ALL, SERVICE_WIN32,
 };
 
 /// An open manager or service, closed at the end.
@@ -22,6 +24,13 @@ impl Handle {
         // SAFETY: no name means this computer, and the active database.
         Handle::of(unsafe { OpenSCManagerW(null(), null(), access) })
     }
+
+    fn service(name: &str, access: u32) -> io::Result<Handle> {
+        let manager = Handle::manager(SC_MANAGER_CONNECT)?;
+        let name = wide(name);
+        // SAFETY: the handle is open, and the name ends in a zero.
+        Handle::of(unsafe { OpenServiceW(manager.0, name.as_ptr(), access) })
+    }
 }
 
 impl Drop for Handle {
@@ -31,8 +40,8 @@ impl Drop for Handle {
     }
 }
 
-/// The names of the services that are programs, and whether each runs.
-pub(super) fn names() -> io::Result<Vec<(String, bool)>> {
+/// The names of the services that are programs.
+pub(super) fn names() -> io::Result<Vec<String>> {
     let manager = Handle::manager(SC_MANAGER_CONNECT | SC_MANAGER_ENUMERATE_SERVICE)?;
     let mut found = Vec::new();
     // Where the next call continues.
@@ -66,13 +75,83 @@ pub(super) fn names() -> io::Result<Vec<(String, bool)>> {
         let entries = unsafe { std::slice::from_raw_parts(buffer.as_ptr(), count as usize) };
         for entry in entries {
             // SAFETY: the name is in the buffer and ends in a zero.
-            let name = unsafe { text_at(entry.lpServiceName) };
-            found.push((name, entry.ServiceStatusProcess.dwCurrentState != SERVICE_STOPPED));
+            found.push(unsafe { text_at(entry.lpServiceName) });
         }
         if !has_more || count == 0 {
             return Ok(found);
         }
     }
+}
+
+/// The description of a service; `None`: it has none, or it cannot be read.
+pub(super) fn description(name: &str) -> Option<String> {
+    let buffer = optional_settings(name, SERVICE_CONFIG_DESCRIPTION)?;
+    // SAFETY: the system has written this structure at the start of the buffer, which is aligned for it, and its text behind it.
+    unsafe {
+        let text = (*buffer.as_ptr().cast::<SERVICE_DESCRIPTIONW>()).lpDescription;
+        (!text.is_null()).then(|| text_at(text))
+    }
+}
+
+/// Whether a service that starts at boot starts after the others; `None`: the system does not know this setting.
+pub(super) fn is_delayed(name: &str) -> Option<bool> {
+    let buffer = optional_settings(name, SERVICE_CONFIG_DELAYED_AUTO_START_INFO)?;
+    // SAFETY: as above.
+    Some(unsafe { (*buffer.as_ptr().cast::<SERVICE_DELAYED_AUTO_START_INFO>()).fDelayedAutostart != 0 })
+}
+
+fn optional_settings(name: &str, level: SERVICE_CONFIG) -> Option<Vec<u64>> {
+    let service = Handle::service(name, SERVICE_QUERY_CONFIG).ok()?;
+    // The maximum that the system needs; of words, for the alignment of every structure.
+    let mut buffer = vec![0_u64; (8 << 10) / size_of::<u64>()];
+    let mut needed = 0;
+    let length = size_of_val(buffer.as_slice()) as u32;
+    // SAFETY: the handle is open, and the buffer has the given length.
+    let done = unsafe { QueryServiceConfig2W(service.0, level, buffer.as_mut_ptr().cast(), length, &mut needed) };
+    (done != 0).then_some(buffer)
+}
+
+/// What [`change`] changes; `None`: it stays.
+#[derive(Debug, Default)]
+pub(super) struct Change<'a> {
+    pub service_type: Option<u32>,
+    pub start_type: Option<u32>,
+    pub error_control: Option<u32>,
+    pub command: Option<&'a str>,
+    pub dependencies: Option<&'a [String]>,
+    /// One without a password.
+    pub account: Option<&'a str>,
+    pub display_name: Option<&'a str>,
+}
+
+/// Changes the registration of a service.
+pub(super) fn change(name: &str, change: &Change<'_>) -> io::Result<()> {
+    let service = Handle::service(name, SERVICE_CHANGE_CONFIG)?;
+    let text = |text: Option<&str>| text.map(wide);
+    let (command, account, display_name) = (text(change.command), text(change.account), text(change.display_name));
+    // Each name ends in a zero, and their list in another one. No name is an empty text.
+    let dependencies = change.dependencies.map(|names| {
+        let names = names.iter().flat_map(|name| wide(name));
+        names.chain([0, 0]).collect::<Vec<u16>>()
+    });
+    let start = |text: &Option<Vec<u16>>| text.as_ref().map_or(null(), |text| text.as_ptr());
+    // SAFETY: the handle is open, the texts end in a zero and outlive the call; no text means no change.
+    let done = unsafe {
+        ChangeServiceConfigW(
+            service.0,
+            change.service_type.unwrap_or(SERVICE_NO_CHANGE),
+            change.start_type.unwrap_or(SERVICE_NO_CHANGE),
+            change.error_control.unwrap_or(SERVICE_NO_CHANGE),
+            start(&command),
+            null(),
+            null_mut(),
+            start(&dependencies),
+            start(&account),
+            null(),
+            start(&display_name),
+        )
+    };
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn wide(text: &str) -> Vec<u16> {
@@ -89,31 +168,4 @@ unsafe fn text_at(start: *const u16) -> String {
         std::slice::from_raw_parts(start, length)
     };
     String::from_utf16_lossy(units)
-}
-
-/// Changes the start type of a service, and its command line and its shown name if they are given.
-pub(super) fn change(name: &str, start_type: u32, command: Option<&str>, display_name: Option<&str>) -> io::Result<()> {
-    let manager = Handle::manager(SC_MANAGER_CONNECT)?;
-    let name = wide(name);
-    // SAFETY: the handle is open, and the name ends in a zero.
-    let service = Handle::of(unsafe { OpenServiceW(manager.0, name.as_ptr(), SERVICE_CHANGE_CONFIG) })?;
-    let (command, display_name) = (command.map(wide), display_name.map(wide));
-    let text = |text: &Option<Vec<u16>>| text.as_ref().map_or(null(), |text| text.as_ptr());
-    // SAFETY: the handle is open, the texts end in a zero and outlive the call; no text means no change.
-    let done = unsafe {
-        ChangeServiceConfigW(
-            service.0,
-            SERVICE_NO_CHANGE,
-            start_type,
-            SERVICE_NO_CHANGE,
-            text(&command),
-            null(),
-            null_mut(),
-            null(),
-            null(),
-            null(),
-            text(&display_name),
-        )
-    };
-    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

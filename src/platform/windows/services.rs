@@ -19,13 +19,16 @@ use windows_service::service_control_handler::{self, ServiceControlHandlerResult
 use windows_service::service_manager::{ServiceManager, ServiceManagerAccess};
 use windows_service::{Error, define_windows_service, service_dispatcher};
 use windows_sys::Win32::Foundation::{
-    ERROR_INVALID_FUNCTION, ERROR_INVALID_LEVEL, ERROR_INVALID_PARAMETER, ERROR_SERVICE_ALREADY_RUNNING,
+    ERROR_DEPENDENT_SERVICES_RUNNING, ERROR_INVALID_FUNCTION, ERROR_INVALID_LEVEL, ERROR_INVALID_PARAMETER,
+    ERROR_INVALID_SERVICE_CONTROL, ERROR_SERVICE_ALREADY_RUNNING, ERROR_SERVICE_CANNOT_ACCEPT_CTRL,
     ERROR_SERVICE_DOES_NOT_EXIST, ERROR_SERVICE_MARKED_FOR_DELETE, ERROR_SERVICE_NOT_ACTIVE,
+    ERROR_SERVICE_REQUEST_TIMEOUT,
 };
 
+use super::service_list::Change;
 use super::{event_log, exit_event, service_list};
 use crate::core::service_manager::Notification;
-use crate::platform::{RegisteredService, ServiceDefinition, ServiceRun, ServiceState};
+use crate::platform::{FailureActions, RegisteredService, ServiceDefinition, ServiceRun, ServiceState};
 
 /// The delays before a service that exited is restarted; the last one applies to every further exit.
 const RESTART_DELAYS: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(10)];
@@ -36,6 +39,8 @@ const START_HINT: Duration = Duration::from_secs(60);
 /// A stop may take the longest grace period of a sub-agent. Each report announces the next one.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 const STOP_HINT: Duration = Duration::from_secs(30);
+/// The account of a service that is given none.
+const SYSTEM: &str = "LocalSystem";
 /// What a role reports that is to be restarted.
 const EXITED_TO_BE_RESTARTED: u32 = 1;
 
@@ -90,6 +95,9 @@ pub fn register_service(definition: &ServiceDefinition) -> io::Result<()> {
     let service = match open(&definition.name, ServiceAccess::ALL_ACCESS)? {
         Some(service) => {
             service.change_config(&info).map_err(io_error)?;
+            // Of a service that somebody else registered under this name.
+            let change = Change { account: Some(SYSTEM), dependencies: Some(&[]), ..Change::default() };
+            service_list::change(&definition.name, &change)?;
             service
         }
         None => {
@@ -158,53 +166,124 @@ pub fn service_state(name: &str) -> io::Result<Option<ServiceState>> {
 /// Every service of the host whose registration can be read.
 pub fn registered_services() -> io::Result<Vec<RegisteredService>> {
     let services = service_list::names()?;
-    let registered = |(name, is_running): (String, bool)| {
-        let config = open(&name, ServiceAccess::QUERY_CONFIG).ok()??.query_config().ok()?;
-        let text = |text: OsString| text.to_string_lossy().into_owned();
-        Some(RegisteredService {
-            name,
-            display_name: text(config.display_name),
-            command: text(config.executable_path.into_os_string()),
-            start_type: config.start_type.to_raw(),
-            account: config.account_name.map(text),
-            is_running,
-        })
+    let registered = |name: String| {
+        let found = registered_service(&name);
+        found.inspect_err(|error| tracing::debug!(name, error = %error, "cannot read a service")).ok().flatten()
     };
     Ok(services.into_iter().filter_map(registered).collect())
 }
 
-/// Keeps a service from starting; a running one is left as it is.
-pub fn disable_service(name: &str) -> io::Result<()> {
-    service_list::change(name, ServiceStartType::Disabled.to_raw(), None, None)
+/// How a service is registered; `None`: no service has this name.
+pub fn registered_service(name: &str) -> io::Result<Option<RegisteredService>> {
+    let access = ServiceAccess::QUERY_CONFIG | ServiceAccess::QUERY_STATUS;
+    let Some(service) = open(name, access)? else { return Ok(None) };
+    let config = service.query_config().map_err(io_error)?;
+    let text = |text: OsString| text.to_string_lossy().into_owned();
+    Ok(Some(RegisteredService {
+        name: name.to_owned(),
+        display_name: text(config.display_name),
+        description: service_list::description(name),
+        command: text(config.executable_path.into_os_string()),
+        service_type: config.service_type.bits(),
+        start_type: config.start_type.to_raw(),
+        error_control: config.error_control.to_raw(),
+        is_delayed: service_list::is_delayed(name),
+        dependencies: config.dependencies.iter().map(|needed| text(needed.to_system_identifier())).collect(),
+        account: config.account_name.map(text),
+        failure: service.get_failure_actions().ok().map(|actions| FailureActions {
+            reset_seconds: match actions.reset_period {
+                ServiceFailureResetPeriod::Never => None,
+                ServiceFailureResetPeriod::After(period) => Some(period.as_secs()),
+            },
+            reboot_message: actions.reboot_msg.map(text),
+            command: actions.command.map(text),
+            actions: actions
+                .actions
+                .unwrap_or_default()
+                .iter()
+                .map(|action| (action.action_type.to_raw(), action.delay.as_millis() as u64))
+                .collect(),
+            also_after_errors: service.get_failure_actions_on_non_crash_failures().ok(),
+        }),
+        is_running: service.query_status().map_err(io_error)?.current_state != State::Stopped,
+    }))
 }
 
-/// Gives a service its command line, its shown name and its start type, or creates it.
+/// Checks that this process may change, stop and remove a service.
+pub fn can_change_service(name: &str) -> io::Result<()> {
+    open(name, ServiceAccess::CHANGE_CONFIG | ServiceAccess::STOP | ServiceAccess::DELETE).map(drop)
+}
+
+/// Keeps a service from starting; a running one is left as it is.
+pub fn disable_service(name: &str) -> io::Result<()> {
+    let start_type = Some(ServiceStartType::Disabled.to_raw());
+    service_list::change(name, &Change { start_type, ..Change::default() })
+}
+
+/// Registers a service as it was, whether or not there is one of its name. Starts nothing. Its account must have no password, unless there is
+/// one with this account.
 pub fn restore_service(service: &RegisteredService) -> io::Result<()> {
-    let shown = match open(&service.name, ServiceAccess::QUERY_CONFIG)? {
-        Some(there) => there.query_config().map_err(io_error)?.display_name,
+    let access = ServiceAccess::QUERY_CONFIG | ServiceAccess::CHANGE_CONFIG | ServiceAccess::START;
+    let there = match open(&service.name, access)? {
+        Some(there) => there,
         None => {
-            let shown = OsString::from(&service.display_name);
             let info = ServiceInfo {
                 name: OsString::from(&service.name),
-                display_name: shown.clone(),
-                service_type: ServiceType::OWN_PROCESS,
+                display_name: OsString::from(&service.display_name),
+                service_type: ServiceType::from_bits_retain(service.service_type),
                 start_type: ServiceStartType::Disabled,
                 error_control: ServiceErrorControl::Normal,
                 // Replaced below: these would be quoted.
                 executable_path: OsString::from(&service.command).into(),
                 launch_arguments: vec![],
                 dependencies: vec![],
-                account_name: service.account.clone().map(OsString::from),
+                account_name: None,
                 account_password: None,
             };
-            let access = ServiceManagerAccess::CREATE_SERVICE;
-            manager(access)?.create_service(&info, ServiceAccess::QUERY_CONFIG).map_err(io_error)?;
-            shown
+            manager(ServiceManagerAccess::CREATE_SERVICE)?.create_service(&info, access).map_err(io_error)?
         }
     };
-    // A service cannot be given the shown name that it has: it is in use.
-    let display_name = (shown != *service.display_name).then_some(service.display_name.as_str());
-    service_list::change(&service.name, service.start_type, Some(&service.command), display_name)
+    let now = there.query_config().map_err(io_error)?;
+    let account = now.account_name.map(|account| account.to_string_lossy().into_owned());
+    let change = Change {
+        service_type: Some(service.service_type),
+        start_type: Some(service.start_type),
+        error_control: Some(service.error_control),
+        command: Some(&service.command),
+        dependencies: Some(&service.dependencies),
+        account: service.account.as_deref().filter(|wanted| account.as_deref() != Some(wanted)),
+        // Wine rejects a shown name that is also the name of a service, even of this one.
+        display_name: Some(service.display_name.as_str()).filter(|wanted| now.display_name != **wanted),
+    };
+    service_list::change(&service.name, &change)?;
+    there.set_description(service.description.as_deref().unwrap_or_default()).map_err(io_error)?;
+    if let Some(failure) = &service.failure {
+        restore_failure_actions(&there, failure)?;
+    }
+    if let Some(is_delayed) = service.is_delayed {
+        unless_unknown(there.set_delayed_auto_start(is_delayed))?;
+    }
+    Ok(())
+}
+
+fn restore_failure_actions(service: &OpenService, failure: &FailureActions) -> io::Result<()> {
+    let action = |(kind, delay): &(i32, u64)| {
+        let action_type = ServiceActionType::from_raw(*kind).ok()?;
+        Some(ServiceAction { action_type, delay: Duration::from_millis(*delay) })
+    };
+    let period = failure.reset_seconds.map(Duration::from_secs);
+    let actions = ServiceFailureActions {
+        reset_period: period.map_or(ServiceFailureResetPeriod::Never, ServiceFailureResetPeriod::After),
+        // Nothing would mean no change.
+        reboot_msg: Some(failure.reboot_message.clone().unwrap_or_default().into()),
+        command: Some(failure.command.clone().unwrap_or_default().into()),
+        actions: Some(failure.actions.iter().filter_map(action).collect()),
+    };
+    service.update_failure_actions(actions).map_err(io_error)?;
+    match failure.also_after_errors {
+        Some(enabled) => unless_unknown(service.set_failure_actions_on_non_crash_failures(enabled)),
+        None => Ok(()),
+    }
 }
 
 /// Starts a service; one that runs is left as it is.
@@ -223,6 +302,17 @@ pub fn stop_service(name: &str) -> io::Result<()> {
         Err(error) if has_code(&error, &[ERROR_SERVICE_NOT_ACTIVE]) => Ok(()),
         outcome => outcome.map(drop),
     }
+}
+
+/// Whether a service refuses to stop now, and may later: it is changing its state, it does not answer, or another one needs it.
+pub fn may_stop_later(error: &io::Error) -> bool {
+    const CODES: [u32; 4] = [
+        ERROR_DEPENDENT_SERVICES_RUNNING,
+        ERROR_SERVICE_CANNOT_ACCEPT_CTRL,
+        ERROR_SERVICE_REQUEST_TIMEOUT,
+        ERROR_INVALID_SERVICE_CONTROL,
+    ];
+    has_code(error, &CODES)
 }
 
 /// Removes a service. The name is free when no process has the service open any more.

@@ -7,9 +7,10 @@
 //!                           ╰──forwards──▶ kernel32.dll, ntdll.dll, advapi32.dll
 //! ```
 //!
-//! The enumeration is complete, as every function that the executable imports from these libraries is in one of the two lists below; one in
-//! neither fails the task. The other libraries are about the network, certificates and the user's folders. What is found by name at run time
-//! (`GetProcAddress`) is not seen: the standard library finds functions of newer systems so, and the helper that closes windows.
+//! Every function that the executable imports from these libraries is in one of the two lists below; one in neither fails the task. The other
+//! libraries are about the network, certificates, memory, the user's folders and the C runtime, whose output is the console. What is found by
+//! name at run time (`GetProcAddress`) is not seen: the standard library finds functions of newer systems so, and the helper that closes
+//! windows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -42,33 +43,34 @@ const HARMLESS: &str = "\
     CloseServiceHandle CompareStringOrdinal ConnectNamedPipe ConvertSidToStringSidW \
     ConvertStringSecurityDescriptorToSecurityDescriptorW CreateConsoleScreenBuffer CreateIoCompletionPort CreateJobObjectW \
     CreateNamedPipeW CreatePipe CreateSemaphoreA CreateThread CreateToolhelp32Snapshot CreateWaitableTimerExW CreateWellKnownSid \
-    DeleteProcThreadAttributeList DeregisterEventSource DeviceIoControl DisconnectNamedPipe EnumServicesStatusExW EqualSid \
-    FillConsoleOutputAttribute FillConsoleOutputCharacterA FindClose FindFirstFileExW FindNextFileW FlushFileBuffers \
-    FormatMessageW FreeEnvironmentStringsW GetACP GetAce GetCommandLineW GetComputerNameExW GetConsoleCursorInfo GetConsoleMode \
-    GetConsoleProcessList GetConsoleScreenBufferInfo GetCurrentConsoleFont GetCurrentDirectoryW GetCurrentProcess \
-    GetCurrentProcessId GetCurrentThread GetCurrentThreadId GetDiskFreeSpaceExW GetEnvironmentStringsW GetEnvironmentVariableW \
-    GetExitCodeProcess GetFileAttributesW GetFileInformationByHandle GetFileInformationByHandleEx GetFileSizeEx GetFileType \
-    GetFinalPathNameByHandleW GetFullPathNameW GetLargestConsoleWindowSize GetLastError GetModuleFileNameW GetModuleHandleA \
-    GetModuleHandleW GetNamedPipeInfo GetNumberOfConsoleInputEvents GetOverlappedResult GetProcAddress GetProcessHeap \
-    GetProcessId GetProcessTimes GetQueuedCompletionStatusEx GetSecurityInfo GetStartupInfoA GetStdHandle GetSystemDirectoryW \
-    GetSystemInfo GetSystemTimeAsFileTime GetTempPathW GetTickCount64 GetTokenInformation GetWindowsDirectoryW HeapAlloc \
-    HeapFree HeapReAlloc InitOnceBeginInitialize InitOnceComplete InitializeProcThreadAttributeList IsWellKnownSid \
-    IsWow64Process LoadLibraryExA LoadLibraryExW LoadLibraryW LocalFree LockFileEx MultiByteToWideChar NtCancelIoFileEx \
-    NtCreateFile NtCreateNamedPipeFile NtDeviceIoControlFile NtOpenDirectoryObject NtOpenFile NtQueryDirectoryObject NtReadFile \
-    OpenJobObjectW OpenProcess OpenProcessToken OpenSCManagerW OpenServiceW OpenThread PostQueuedCompletionStatus \
-    Process32FirstW Process32NextW QueryFullProcessImageNameW QueryInformationJobObject QueryPerformanceCounter \
-    QueryPerformanceFrequency QueryServiceConfig2W QueryServiceConfigW QueryServiceStatusEx ReOpenFile ReadConsoleInputW \
-    ReadConsoleW ReadFile ReadFileEx RegCloseKey RegEnumKeyExW RegEnumValueW RegOpenKeyExW RegOpenKeyTransactedW \
-    RegQueryInfoKeyW RegQueryValueExW RegisterEventSourceW RegisterServiceCtrlHandlerExW RegisterWaitForSingleObject \
-    ReleaseSRWLockExclusive ReleaseSemaphore ReportEventW ResetEvent RtlCaptureContext RtlLookupFunctionEntry \
-    RtlNtStatusToDosError RtlVirtualUnwind SetConsoleActiveScreenBuffer SetConsoleCtrlHandler SetConsoleCursorInfo \
-    SetConsoleCursorPosition SetConsoleMode SetConsoleScreenBufferSize SetConsoleTextAttribute SetConsoleWindowInfo \
-    SetCurrentDirectoryW SetEnvironmentVariableW SetFileCompletionNotificationModes SetFilePointerEx SetHandleInformation \
-    SetLastError SetThreadStackGuarantee SetUnhandledExceptionFilter SetWaitableTimer Sleep SleepConditionVariableSRW SleepEx \
-    StartServiceCtrlDispatcherW SwitchToThread SystemFunction036 Thread32First Thread32Next TlsAlloc TlsFree TlsGetValue \
-    TlsSetValue TryAcquireSRWLockExclusive UnlockFile UnregisterWaitEx UpdateProcThreadAttribute WaitForMultipleObjects \
-    WaitForSingleObject WaitNamedPipeW WakeAllConditionVariable WakeConditionVariable WideCharToMultiByte WriteConsoleW \
-    WriteFile WriteFileEx lstrlenW \
+    DeleteCriticalSection DeleteProcThreadAttributeList DeregisterEventSource DeviceIoControl DisconnectNamedPipe \
+    EnterCriticalSection EnumServicesStatusExW EqualSid FillConsoleOutputAttribute FillConsoleOutputCharacterA FindClose \
+    FindFirstFileExW FindNextFileW FlushFileBuffers FormatMessageW FreeEnvironmentStringsW GetACP GetAce GetCommandLineW \
+    GetComputerNameExW GetConsoleCursorInfo GetConsoleMode GetConsoleProcessList GetConsoleScreenBufferInfo \
+    GetCurrentConsoleFont GetCurrentDirectoryW GetCurrentProcess GetCurrentProcessId GetCurrentThread GetCurrentThreadId \
+    GetDiskFreeSpaceExW GetEnvironmentStringsW GetEnvironmentVariableW GetExitCodeProcess GetFileAttributesW \
+    GetFileInformationByHandle GetFileInformationByHandleEx GetFileSizeEx GetFileType GetFinalPathNameByHandleW GetFullPathNameW \
+    GetLargestConsoleWindowSize GetLastError GetModuleFileNameW GetModuleHandleA GetModuleHandleW GetNamedPipeInfo \
+    GetNumberOfConsoleInputEvents GetOverlappedResult GetProcAddress GetProcessHeap GetProcessId GetProcessTimes \
+    GetQueuedCompletionStatusEx GetSecurityInfo GetStartupInfoA GetStdHandle GetSystemDirectoryW GetSystemInfo \
+    GetSystemTimeAsFileTime GetTempPathW GetTickCount64 GetTokenInformation GetWindowsDirectoryW HeapAlloc HeapFree HeapReAlloc \
+    InitOnceBeginInitialize InitOnceComplete InitializeCriticalSection InitializeProcThreadAttributeList IsWellKnownSid \
+    IsWow64Process LeaveCriticalSection LoadLibraryExA LoadLibraryExW LoadLibraryW LocalFree LockFileEx MultiByteToWideChar \
+    NtCancelIoFileEx NtCreateFile NtCreateNamedPipeFile NtDeviceIoControlFile NtOpenDirectoryObject NtOpenFile \
+    NtQueryDirectoryObject NtReadFile OpenJobObjectW OpenProcess OpenProcessToken OpenSCManagerW OpenServiceW OpenThread \
+    PostQueuedCompletionStatus Process32FirstW Process32NextW QueryFullProcessImageNameW QueryInformationJobObject \
+    QueryPerformanceCounter QueryPerformanceFrequency QueryServiceConfig2W QueryServiceConfigW QueryServiceStatusEx \
+    RaiseException ReOpenFile ReadConsoleInputW ReadConsoleW ReadFile ReadFileEx RegCloseKey RegEnumKeyExW RegEnumValueW \
+    RegOpenKeyExW RegOpenKeyTransactedW RegQueryInfoKeyW RegQueryValueExW RegisterEventSourceW RegisterServiceCtrlHandlerExW \
+    RegisterWaitForSingleObject ReleaseSRWLockExclusive ReleaseSemaphore ReportEventW ResetEvent RtlCaptureContext \
+    RtlLookupFunctionEntry RtlNtStatusToDosError RtlUnwindEx RtlVirtualUnwind SetConsoleActiveScreenBuffer SetConsoleCtrlHandler \
+    SetConsoleCursorInfo SetConsoleCursorPosition SetConsoleMode SetConsoleScreenBufferSize SetConsoleTextAttribute \
+    SetConsoleWindowInfo SetCurrentDirectoryW SetEnvironmentVariableW SetFileCompletionNotificationModes SetFilePointerEx \
+    SetHandleInformation SetLastError SetThreadStackGuarantee SetUnhandledExceptionFilter SetWaitableTimer Sleep \
+    SleepConditionVariableSRW SleepEx StartServiceCtrlDispatcherW SwitchToThread SystemFunction036 Thread32First Thread32Next \
+    TlsAlloc TlsFree TlsGetValue TlsSetValue TryAcquireSRWLockExclusive UnlockFile UnregisterWaitEx UpdateProcThreadAttribute \
+    VirtualProtect VirtualQuery WaitForMultipleObjects WaitForSingleObject WaitNamedPipeW WakeAllConditionVariable \
+    WakeConditionVariable WideCharToMultiByte WriteConsoleW WriteFile WriteFileEx __C_specific_handler lstrlenW \
 ";
 
 /// Compiles the libraries into `programs`, and changes the executable `aops.exe` there so that it imports from them.
@@ -111,7 +113,7 @@ fn imports(headers: &str) -> BTreeMap<&str, BTreeSet<&str>> {
     let mut library = None;
     for line in headers.lines() {
         if let Some(name) = line.trim().strip_prefix("DLL Name: ") {
-            library = LIBRARIES.iter().map(|(library, _)| *library).find(|library| *library == name);
+            library = LIBRARIES.iter().map(|(library, _)| *library).find(|library| library.eq_ignore_ascii_case(name));
         }
         // Address, hint, name.
         if let (Some(library), [address, _, name]) = (library, line.split_whitespace().collect::<Vec<_>>().as_slice())
@@ -200,9 +202,9 @@ mod tests {
 
     #[test]
     fn the_names_of_libraries_are_replaced_in_place() {
-        let before = b"xkernel32.dll\0ntdll.dll\0advapi32.dll\0kernel32.dlls".to_vec();
-        let after = substituted(before.clone()).unwrap();
-        assert_eq!(after, b"xaopsst32.dll\0aopst.dll\0aopsad32.dll\0kernel32.dlls");
+        let before = b"kernel32.dll\0ntdll.dll\0KERNEL32.dll\0advapi32.dll\0kernel32.dlls".to_vec();
+        let after = substituted(before).unwrap();
+        assert_eq!(after, b"aopsst32.dll\0aopst.dll\0aopsst32.dll\0aopsad32.dll\0kernel32.dlls");
         assert!(substituted(b"kernel32.dll\0".to_vec()).is_err());
     }
 }
