@@ -119,10 +119,13 @@ pub struct FailureActions {
 }
 
 impl RegisteredService {
-    /// Whether its account has a password, which cannot be read.
+    /// Whether its account has a password, which cannot be read. Those of the system have none, nor have managed ones (`name$`).
     pub fn has_password(&self) -> bool {
         let account = self.account.as_deref().unwrap_or_default().to_lowercase();
-        !(account.is_empty() || account == "localsystem" || account.starts_with(r"nt authority\"))
+        let account = account.trim_start_matches(r".\");
+        let is_of_system = ["", "localsystem"].contains(&account)
+            || [r"nt authority\", r"nt service\"].iter().any(|domain| account.starts_with(domain));
+        !(is_of_system || account.ends_with('$'))
     }
 }
 

@@ -279,6 +279,7 @@ pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::is_ours;
+    use crate::platform::RegisteredService;
 
     #[test]
     fn our_services_are_recognized_by_their_command_line() {
@@ -290,6 +291,36 @@ mod tests {
             (r"D:\ops\bin\aops-spm.exe -c D:\ops\etc\conf.yml", false),
         ] {
             assert_eq!(is_ours(command), expected, "{command}");
+        }
+    }
+
+    #[test]
+    fn only_accounts_of_people_have_a_password() {
+        for (account, expected) in [
+            (None, false),
+            (Some("LocalSystem"), false),
+            (Some(r".\LocalSystem"), false),
+            (Some(r"NT AUTHORITY\NetworkService"), false),
+            (Some(r"NT Service\aops-spm"), false),
+            (Some(r"CORP\monitor$"), false),
+            (Some(r".\monitor"), true),
+            (Some(r"CORP\monitor"), true),
+        ] {
+            let service = RegisteredService {
+                name: "aops-spm".to_owned(),
+                display_name: String::new(),
+                description: None,
+                command: String::new(),
+                service_type: 0x10,
+                start_type: 2,
+                error_control: 1,
+                is_delayed: None,
+                dependencies: vec![],
+                account: account.map(str::to_owned),
+                failure: None,
+                is_running: false,
+            };
+            assert_eq!(service.has_password(), expected, "{account:?}");
         }
     }
 }
