@@ -1,4 +1,4 @@
-//! Windows Server 2012 R2 and later.
+//! Windows 7 and Server 2008 R2 and later. Without nested jobs (before Windows 8), a sub-agent whose starter is in a job has none of its own.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

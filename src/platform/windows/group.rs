@@ -16,7 +16,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use windows_sys::Win32::Foundation::{
-    DuplicateHandle, ERROR_ALREADY_EXISTS, ERROR_FILE_NOT_FOUND, ERROR_MORE_DATA, GetLastError, HANDLE,
+    DuplicateHandle, ERROR_ACCESS_DENIED, ERROR_ALREADY_EXISTS, ERROR_FILE_NOT_FOUND, ERROR_INVALID_HANDLE,
+    ERROR_MORE_DATA, GetLastError, HANDLE,
 };
 use windows_sys::Win32::Storage::FileSystem::SYNCHRONIZE;
 use windows_sys::Win32::System::JobObjects::{
@@ -37,6 +38,8 @@ use super::{event, names, process, watch};
 const GLOBAL: &str = r"Global\";
 const AGENT: &str = "agent-";
 const APART: &str = "apart-";
+/// Between a name that another user has taken and random digits. No name of a sub-agent has it.
+const BESIDE: &str = "~";
 /// Exit code of a process that we terminate.
 pub(super) const ENDED_BY_US: u32 = 1;
 /// Number of pids in the first query of a job, and the maximum.
@@ -100,7 +103,14 @@ impl Groups {
 
     /// The sub-agents whose groups exist.
     pub fn all(&self) -> io::Result<Vec<String>> {
-        names::with_prefix(&format!("{}{AGENT}", self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix)))
+        let prefix = format!("{}{AGENT}", self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix));
+        let mut agents = names::with_prefix(&prefix)?;
+        for name in &mut agents {
+            name.truncate(name.find(BESIDE).unwrap_or(name.len()));
+        }
+        agents.sort();
+        agents.dedup();
+        Ok(agents)
     }
 }
 
@@ -140,56 +150,32 @@ impl Group {
     }
 
     fn create(&self) -> io::Result<Arc<OwnedHandle>> {
-        let (name, ours) = (wide(&self.name), PrivateAcl::new()?);
-        // SAFETY: the name ends in a zero and, like the access list, outlives the call.
-        let (job, error) = unsafe { (CreateJobObjectW(&ours.attributes(), name.as_ptr()), GetLastError()) };
-        if job.is_null() {
-            return Err(io::Error::from_raw_os_error(error as i32));
-        }
-        // SAFETY: a new handle, which only we own.
-        let job = unsafe { OwnedHandle::from_raw_handle(job) };
-        if error == ERROR_ALREADY_EXISTS {
-            self.require_trusted(&job)?;
-        }
+        let job = match create_job(&self.name) {
+            Err(error) if is_of_another(&error) => {
+                let other = format!("{}{BESIDE}{:016x}", self.name, fastrand::u64(..));
+                tracing::warn!(job = self.name, error = %error, "another user has taken the name of a job; another name is used");
+                create_job(&other)?
+            }
+            outcome => outcome?,
+        };
         Ok(self.keep_open(job))
     }
 
-    /// The job, opened by its name unless it is open already; `None`: no job has this name.
+    /// The job, opened by its name unless it is open already; `None`: no job of ours has this name.
     fn find(&self) -> io::Result<Option<Arc<OwnedHandle>>> {
         if let Some(job) = open_jobs().get(&self.name) {
             return Ok(Some(job.clone()));
         }
-        let name = wide(&self.name);
-        let access = JOB_OBJECT_QUERY
-            | JOB_OBJECT_SET_ATTRIBUTES
-            | JOB_OBJECT_ASSIGN_PROCESS
-            | JOB_OBJECT_TERMINATE
-            | READ_CONTROL;
-        // SAFETY: the name ends in a zero and outlives the call.
-        let job = unsafe { OpenJobObjectW(access, 0, name.as_ptr()) };
-        if job.is_null() {
-            return match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(ERROR_FILE_NOT_FOUND as i32) => Ok(None),
-                error => Err(error),
-            };
+        if let Some(job) = open_job(&self.name)? {
+            return Ok(Some(self.keep_open(job)));
         }
-        // SAFETY: a new handle, which only we own.
-        let job = unsafe { OwnedHandle::from_raw_handle(job) };
-        self.require_trusted(&job)?;
-        Ok(Some(self.keep_open(job)))
-    }
-
-    /// Rejects a job of another user, who could have created this name first, with processes in it or with an access list that lets that
-    /// user kill ours.
-    fn require_trusted(&self, job: &OwnedHandle) -> io::Result<()> {
-        if security::is_trusted(job)? {
-            return Ok(());
+        let prefix = format!("{}{BESIDE}", self.name);
+        for name in names::with_prefix(prefix.strip_prefix(GLOBAL).unwrap_or(&prefix))? {
+            if let Some(job) = open_job(&format!("{prefix}{name}"))? {
+                return Ok(Some(self.keep_open(job)));
+            }
         }
-        let message = format!(
-            "cannot use the job {}: another user created it; find and stop the program that holds it",
-            self.name
-        );
-        Err(io::Error::new(io::ErrorKind::PermissionDenied, message))
+        Ok(None)
     }
 
     fn keep_open(&self, job: OwnedHandle) -> Arc<OwnedHandle> {
@@ -317,6 +303,47 @@ impl Group {
         };
         if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
+}
+
+/// Creates a job, or opens ours.
+fn create_job(name: &str) -> io::Result<OwnedHandle> {
+    let (wide, ours) = (wide(name), PrivateAcl::new()?);
+    // SAFETY: the name ends in a zero and, like the access list, outlives the call.
+    let (job, error) = unsafe { (CreateJobObjectW(&ours.attributes(), wide.as_ptr()), GetLastError()) };
+    if job.is_null() {
+        return Err(io::Error::from_raw_os_error(error as i32));
+    }
+    // SAFETY: a new handle, which only we own.
+    let job = unsafe { OwnedHandle::from_raw_handle(job) };
+    if error == ERROR_ALREADY_EXISTS && !security::is_trusted(&job)? {
+        return Err(io::Error::from_raw_os_error(ERROR_ACCESS_DENIED as i32));
+    }
+    Ok(job)
+}
+
+/// `None`: there is none of this name, or another user has created it, perhaps with processes in it or with an access list that lets that user
+/// kill ours.
+fn open_job(name: &str) -> io::Result<Option<OwnedHandle>> {
+    let name = wide(name);
+    let access =
+        JOB_OBJECT_QUERY | JOB_OBJECT_SET_ATTRIBUTES | JOB_OBJECT_ASSIGN_PROCESS | JOB_OBJECT_TERMINATE | READ_CONTROL;
+    // SAFETY: the name ends in a zero and outlives the call.
+    let job = unsafe { OpenJobObjectW(access, 0, name.as_ptr()) };
+    if job.is_null() {
+        return match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(ERROR_FILE_NOT_FOUND as i32) || is_of_another(&error) => Ok(None),
+            error => Err(error),
+        };
+    }
+    // SAFETY: a new handle, which only we own.
+    let job = unsafe { OwnedHandle::from_raw_handle(job) };
+    Ok(security::is_trusted(&job)?.then_some(job))
+}
+
+/// Whether a name is that of an object of another user, or of another kind.
+fn is_of_another(error: &io::Error) -> bool {
+    const CODES: [u32; 2] = [ERROR_ACCESS_DENIED, ERROR_INVALID_HANDLE];
+    error.raw_os_error().is_some_and(|code| CODES.contains(&(code as u32)))
 }
 
 fn raw(handle: &OwnedHandle) -> HANDLE {

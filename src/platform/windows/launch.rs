@@ -324,6 +324,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_name_that_another_object_has_does_not_prevent_a_group() {
+        let directory = tempfile::tempdir().unwrap();
+        let group = group(directory.path());
+        let _taken = super::super::event::create(&group.name()).unwrap();
+        let mut child = start(directory.path(), testing::part_command(LEAF, ""));
+        assert!(child.grouped);
+        assert!(group.members().unwrap().contains(&child.pid));
+        assert_eq!(groups(directory.path()).all().unwrap(), ["a"]);
+        group.kill().unwrap();
+        end_of(&mut child).await;
+    }
+
+    #[tokio::test]
     async fn jobs_are_held_until_they_are_empty() {
         let directory = tempfile::tempdir().unwrap();
         let key = key(directory.path());

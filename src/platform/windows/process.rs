@@ -11,14 +11,12 @@ use std::process::{Child as StdChild, Command, ExitStatus};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use windows_sys::Wdk::System::SystemInformation::{NtQuerySystemInformation, SystemProcessInformation};
 use windows_sys::Win32::Foundation::{
-    ERROR_ACCESS_DENIED, FILETIME, HANDLE, HANDLE_FLAG_INHERIT, INVALID_HANDLE_VALUE, STILL_ACTIVE,
+    ERROR_ACCESS_DENIED, FILETIME, HANDLE, HANDLE_FLAG_INHERIT, STATUS_INFO_LENGTH_MISMATCH, STILL_ACTIVE,
     SetHandleInformation, WAIT_OBJECT_0, WAIT_TIMEOUT,
 };
 use windows_sys::Win32::System::Console::{GetStdHandle, STD_ERROR_HANDLE, STD_INPUT_HANDLE, STD_OUTPUT_HANDLE};
-use windows_sys::Win32::System::Diagnostics::ToolHelp::{
-    CreateToolhelp32Snapshot, PROCESSENTRY32W, Process32FirstW, Process32NextW, TH32CS_SNAPPROCESS,
-};
 use windows_sys::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS_EX};
 use windows_sys::Win32::System::SystemInformation::{GetSystemTimeAsFileTime, GetTickCount64};
 use windows_sys::Win32::System::Threading::{
@@ -26,6 +24,7 @@ use windows_sys::Win32::System::Threading::{
     GetExitCodeProcess, GetProcessTimes, NORMAL_PRIORITY_CLASS, OpenProcess, PROCESS_QUERY_LIMITED_INFORMATION,
     PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW, WaitForSingleObject,
 };
+use windows_sys::Win32::System::WindowsProgramming::SYSTEM_PROCESS_INFORMATION;
 
 use super::watch;
 use crate::platform::{ProcessInfo, ProcessMarker};
@@ -230,30 +229,59 @@ pub(super) fn parent(pid: u32) -> Option<u32> {
     Some(parent.pid)
 }
 
+/// The processes of the host, without opening one.
 fn snapshot() -> Vec<ProcessEntry> {
-    // SAFETY: takes integers; a valid handle is ours to close.
-    let handle = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0) };
-    if handle == INVALID_HANDLE_VALUE {
-        return vec![];
-    }
-    // SAFETY: as above.
-    let handle = unsafe { OwnedHandle::from_raw_handle(handle) };
-    // SAFETY: a structure of integers, for which all zero is valid.
-    let mut entry: PROCESSENTRY32W = unsafe { std::mem::zeroed() };
-    entry.dwSize = size_of::<PROCESSENTRY32W>() as u32;
-    let mut entries = vec![];
-    // SAFETY: the handle is open, and the entry has its own size.
-    let mut more = unsafe { Process32FirstW(raw(&handle), &mut entry) };
-    while more != 0 {
-        let name = String::from_utf16_lossy(&entry.szExeFile).to_ascii_lowercase();
-        if let Some(start_time) = start_time(entry.th32ProcessID) {
-            let (pid, parent) = (entry.th32ProcessID, entry.th32ParentProcessID);
-            entries.push(ProcessEntry { pid, parent, start_time, ours: name.starts_with("aops") });
+    const FIRST_ROOM: usize = 256 << 10;
+    const MAX_ROOM: usize = 64 << 20;
+    let mut buffer: Vec<u64> = vec![0; FIRST_ROOM / size_of::<u64>()];
+    loop {
+        let length = size_of_val(buffer.as_slice());
+        let mut needed = 0;
+        // SAFETY: the buffer has the given length, and the result outlives the call.
+        let status = unsafe {
+            let room = buffer.as_mut_ptr().cast();
+            NtQuerySystemInformation(SystemProcessInformation, room, length as u32, &mut needed)
+        };
+        match status {
+            0 => return entries_in(&buffer),
+            STATUS_INFO_LENGTH_MISMATCH if length < MAX_ROOM => buffer.resize(buffer.len() * 2, 0),
+            _ => return vec![],
         }
-        // SAFETY: as above.
-        more = unsafe { Process32NextW(raw(&handle), &mut entry) };
     }
-    entries
+}
+
+/// The entries that the system has written into a buffer.
+fn entries_in(buffer: &[u64]) -> Vec<ProcessEntry> {
+    // The creation time, which the binding leaves in its reserved bytes.
+    const CREATED: usize = 24;
+    let mut entries = vec![];
+    let mut offset = 0;
+    loop {
+        // SAFETY: the offset is that of an entry in the buffer, perhaps not aligned for it; the text of its name is in the buffer, too.
+        let (entry, name) = unsafe {
+            let entry = buffer.as_ptr().byte_add(offset).cast::<SYSTEM_PROCESS_INFORMATION>().read_unaligned();
+            let name = match entry.ImageName.Buffer.is_null() {
+                true => &[],
+                false => std::slice::from_raw_parts(entry.ImageName.Buffer, usize::from(entry.ImageName.Length) / 2),
+            };
+            (entry, String::from_utf16_lossy(name).to_ascii_lowercase())
+        };
+        let mut created = [0; 8];
+        created.copy_from_slice(&entry.Reserved1[CREATED..CREATED + 8]);
+        // The system's idle process has no number. A process without threads has exited, and somebody has a handle to it.
+        if !entry.UniqueProcessId.is_null() && entry.NumberOfThreads > 0 {
+            entries.push(ProcessEntry {
+                pid: entry.UniqueProcessId as usize as u32,
+                parent: entry.Reserved2 as usize as u32,
+                start_time: u64::from_le_bytes(created),
+                ours: name.starts_with("aops"),
+            });
+        }
+        if entry.NextEntryOffset == 0 {
+            return entries;
+        }
+        offset += entry.NextEntryOffset as usize;
+    }
 }
 
 /// Resolves when a process, not necessarily our child, has exited. Cancel-safe.
