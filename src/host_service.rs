@@ -86,9 +86,9 @@ pub fn can_replace_program(kind: ServiceManagerKind) -> bool {
     kind != ServiceManagerKind::Scm
 }
 
-/// Checks that the roles of this home can be registered.
-pub fn can_register(kind: ServiceManagerKind, home: &Home) -> Result<()> {
-    of!(kind, can_register(home))
+/// Checks that the roles of this home can be registered. `replaced`: the units that are set aside before.
+pub fn can_register(kind: ServiceManagerKind, home: &Home, replaced: &[ForeignUnit]) -> Result<()> {
+    of!(kind, can_register(home, replaced))
 }
 
 /// Checks that the registration of the home can be removed.

@@ -81,7 +81,7 @@ pub struct ServiceState {
     pub command: String,
 }
 
-/// A service of Windows, of aops or of others, with all that it can be put back with.
+/// A service of Windows, of aops or of others, with the settings that it is put back with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RegisteredService {

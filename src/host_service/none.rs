@@ -13,6 +13,7 @@ use crate::control_socket::{self, Request};
 use crate::core::role::Role;
 use crate::core::service_manager::UnitCondition;
 use crate::home::Home;
+use crate::host_service::foreign::ForeignUnit;
 use crate::installation::upgrade;
 use crate::{platform, role};
 
@@ -22,7 +23,7 @@ const YIELD_TIMEOUT: Duration = Duration::from_secs(5);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
 
-pub fn can_register(_home: &Home) -> Result<()> {
+pub fn can_register(_home: &Home, _replaced: &[ForeignUnit]) -> Result<()> {
     Ok(())
 }
 

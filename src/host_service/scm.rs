@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use crate::core::role::Role;
 use crate::core::service_manager::{ServiceManagerKind, UnitCondition};
 use crate::home::Home;
+use crate::host_service::foreign::ForeignUnit;
 use crate::platform::{self, ServiceDefinition, ServiceRun, ServiceState};
 use crate::role;
 
@@ -97,7 +98,7 @@ fn is_up(state: &ServiceState) -> bool {
     state.run.has_process() && lives()
 }
 
-pub fn can_register(home: &Home) -> Result<()> {
+pub fn can_register(home: &Home, replaced: &[ForeignUnit]) -> Result<()> {
     platform::can_register_services().context(
         "cannot register services: run the command as an administrator, in an elevated command prompt, or use --service none",
     )?;
@@ -108,8 +109,7 @@ pub fn can_register(home: &Home) -> Result<()> {
         if is_ours(&there.command) {
             continue;
         }
-        // One of the old installation in this home is set aside.
-        if !foreign::runs_from(home, &there.command) {
+        if !replaced.iter().any(|unit| unit.name() == name) {
             bail!("{}: a service of this name runs {}; remove it with `sc delete {name}`", what(), there.command);
         }
         if there.has_password() {

@@ -15,6 +15,7 @@ use crate::command;
 use crate::core::role::Role;
 use crate::core::service_manager::UnitCondition;
 use crate::home::Home;
+use crate::host_service::foreign::ForeignUnit;
 use crate::store::{self, Access};
 
 pub mod foreign;
@@ -215,7 +216,7 @@ pub fn can_unregister(_home: &Home) -> Result<()> {
 }
 
 /// Whether systemd can run the roles of this home: it responds, and the units can be written.
-pub fn can_register(home: &Home) -> Result<()> {
+pub fn can_register(home: &Home, _replaced: &[ForeignUnit]) -> Result<()> {
     units::files(home)?;
     if let Some((directory, error)) = units::unwritable() {
         bail!(

@@ -243,10 +243,12 @@ fn check_feasible(plan: &InstallPlan) -> Result<()> {
     if before != plan.kind {
         host_service::can_unregister(before, &plan.home)?;
     }
-    host_service::can_register(plan.kind, &plan.home)?;
-    if plan.existing == ExistingInstallation::Old {
-        host_service::can_set_foreign_aside(&host_service::foreign_units(plan.kind, &plan.home)?)?;
-    }
+    let replaced = match plan.existing {
+        ExistingInstallation::Old => host_service::foreign_units(plan.kind, &plan.home)?,
+        _ => vec![],
+    };
+    host_service::can_register(plan.kind, &plan.home, &replaced)?;
+    host_service::can_set_foreign_aside(&replaced)?;
     if plan.replaces_all() {
         legacy::can_set_aside(&plan.home, plan.backup_owner(), &plan.executable)?;
     }

@@ -28,7 +28,7 @@ pub fn find(home: &Home) -> Result<Vec<ForeignUnit>> {
 }
 
 /// Whether a service with this command line runs a program in the home.
-pub(super) fn runs_from(home: &Home, command: &str) -> bool {
+fn runs_from(home: &Home, command: &str) -> bool {
     program_in(command).ancestors().skip(1).any(|path| home.is_at(path))
 }
 
@@ -81,10 +81,16 @@ fn state(unit: &ForeignUnit) -> Result<Option<ServiceState>> {
     platform::service_state(&unit.name).with_context(|| format!("cannot query the service {}", unit.name))
 }
 
+/// Whether a service has the recorded command: the name may belong to ours or to another one meanwhile.
+fn is_as_recorded(unit: &ForeignUnit) -> Result<bool> {
+    let command = unit.registration.as_ref().map(|service| service.command.as_str());
+    Ok(state(unit)?.is_some_and(|state| Some(state.command.as_str()) == command))
+}
+
 /// Disables them, except where ours has the name already.
 pub fn set_aside(units: &[ForeignUnit]) -> Result<()> {
     each(units, |unit| {
-        if state(unit)?.is_some_and(|state| !is_ours(&state.command)) {
+        if is_as_recorded(unit)? {
             platform::disable_service(&unit.name)
                 .with_context(|| format!("cannot disable the service {}", unit.name))?;
         }
@@ -95,7 +101,12 @@ pub fn set_aside(units: &[ForeignUnit]) -> Result<()> {
 /// Registers them as before, also if some are in place already. Starts nothing.
 pub fn put_back(units: &[ForeignUnit]) -> Result<()> {
     each(units, |unit| {
-        let restored = unit.registration.as_ref().map_or(Ok(()), platform::restore_service);
+        let there = state(unit)?;
+        let is_of_another = there.is_some_and(|there| !is_ours(&there.command)) && !is_as_recorded(unit)?;
+        let restored = match &unit.registration {
+            Some(service) if !is_of_another => platform::restore_service(service),
+            _ => Ok(()),
+        };
         restored.with_context(|| format!("cannot register the service {} as before", unit.name))
     })
 }
@@ -103,7 +114,7 @@ pub fn put_back(units: &[ForeignUnit]) -> Result<()> {
 /// Removes those that aops has not replaced by its own.
 pub fn remove(units: &[ForeignUnit]) -> Result<()> {
     each(units, |unit| {
-        if state(unit)?.is_some_and(|state| !is_ours(&state.command)) {
+        if is_as_recorded(unit)? {
             platform::remove_service(&unit.name).with_context(|| format!("cannot remove the service {}", unit.name))?;
         }
         Ok(())
@@ -112,11 +123,11 @@ pub fn remove(units: &[ForeignUnit]) -> Result<()> {
 
 /// Starts those that were active, and has them start at boot as before.
 pub fn start(units: &[ForeignUnit]) -> Result<()> {
-    put_back(units)?;
+    let restored = put_back(units);
     let active: Vec<ForeignUnit> = units.iter().filter(|unit| unit.is_active).cloned().collect();
     // All at once: one may need another.
     let outcome = each(&active, |unit| platform::start_service(&unit.name).with_context(|| cannot_start(unit)));
-    outcome.and(each(&active, wait_until_started))
+    restored.and(outcome).and(each(&active, wait_until_started))
 }
 
 fn cannot_start(unit: &ForeignUnit) -> String {

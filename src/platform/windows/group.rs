@@ -119,7 +119,7 @@ impl Groups {
 pub fn hold_groups(key: &str) {
     let Some(groups) = Groups::find(key) else { return };
     for agent in groups.all().unwrap_or_default() {
-        // One of another user is reported by the manager.
+        // One that cannot be opened is the manager's to report.
         let _ = groups.group(&agent).find();
     }
     let held: Vec<Group> = open_jobs().keys().map(|name| Group::named(name)).collect();
@@ -142,9 +142,10 @@ impl Group {
 
     /// Creates it; an existing group is not an error.
     pub fn make(&self) -> io::Result<()> {
-        let job = match self.find()? {
-            Some(job) => job,
-            None => self.create()?,
+        let job = match self.find() {
+            Ok(Some(job)) => job,
+            Err(error) if !is_of_another(&error) => return Err(error),
+            _ => self.create()?,
         };
         limit(&job, JOB_OBJECT_LIMIT_BREAKAWAY_OK, 0)
     }
@@ -166,16 +167,18 @@ impl Group {
         if let Some(job) = open_jobs().get(&self.name) {
             return Ok(Some(job.clone()));
         }
-        if let Some(job) = open_job(&self.name)? {
+        let plain = open_job(&self.name);
+        if let Ok(Some(job)) = plain {
             return Ok(Some(self.keep_open(job)));
         }
         let prefix = format!("{}{BESIDE}", self.name);
-        for name in names::with_prefix(prefix.strip_prefix(GLOBAL).unwrap_or(&prefix))? {
-            if let Some(job) = open_job(&format!("{prefix}{name}"))? {
+        for name in names::with_prefix(prefix.strip_prefix(GLOBAL).unwrap_or(&prefix)).unwrap_or_default() {
+            if let Ok(Some(job)) = open_job(&format!("{prefix}{name}")) {
                 return Ok(Some(self.keep_open(job)));
             }
         }
-        Ok(None)
+        // It may be ours, and this process has fewer rights than the one that created it.
+        plain.map(|_| None)
     }
 
     fn keep_open(&self, job: OwnedHandle) -> Arc<OwnedHandle> {
@@ -331,7 +334,7 @@ fn open_job(name: &str) -> io::Result<Option<OwnedHandle>> {
     let job = unsafe { OpenJobObjectW(access, 0, name.as_ptr()) };
     if job.is_null() {
         return match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(ERROR_FILE_NOT_FOUND as i32) || is_of_another(&error) => Ok(None),
+            error if has_code(&error, &[ERROR_FILE_NOT_FOUND, ERROR_INVALID_HANDLE]) => Ok(None),
             error => Err(error),
         };
     }
@@ -342,8 +345,11 @@ fn open_job(name: &str) -> io::Result<Option<OwnedHandle>> {
 
 /// Whether a name is that of an object of another user, or of another kind.
 fn is_of_another(error: &io::Error) -> bool {
-    const CODES: [u32; 2] = [ERROR_ACCESS_DENIED, ERROR_INVALID_HANDLE];
-    error.raw_os_error().is_some_and(|code| CODES.contains(&(code as u32)))
+    has_code(error, &[ERROR_ACCESS_DENIED, ERROR_INVALID_HANDLE])
+}
+
+fn has_code(error: &io::Error, codes: &[u32]) -> bool {
+    error.raw_os_error().is_some_and(|code| codes.contains(&(code as u32)))
 }
 
 fn raw(handle: &OwnedHandle) -> HANDLE {

@@ -15,8 +15,8 @@ const DIRECTORY: &str = r"\BaseNamedObjects";
 const DIRECTORY_QUERY: u32 = 1;
 /// An upper bound for the names of a host.
 const MAX_NAMES: usize = 1 << 20;
-/// Room for one entry with its two texts; the name has at most 260 units.
-const ROOM: usize = 512;
+/// Room for one entry with its two texts, of at most 64 KiB each, in words.
+const ROOM: usize = (2 * (64 << 10) + 256) / size_of::<u64>();
 
 /// An entry of NtQueryDirectoryObject.
 #[repr(C)]
@@ -31,13 +31,13 @@ const JOB: &str = "Job";
 /// The names of the host's jobs with this prefix, without the prefix.
 pub(super) fn with_prefix(prefix: &str) -> io::Result<Vec<String>> {
     let directory = open()?;
-    let mut buffer = [0_u64; ROOM];
+    let mut buffer = vec![0_u64; ROOM];
     let mut context = 0;
     let mut found = vec![];
     for count in 0..MAX_NAMES {
         // SAFETY: the handle is open; the buffer, which has the given length, and the context outlive the call.
         let status = unsafe {
-            let (buffer, length) = (buffer.as_mut_ptr().cast(), size_of_val(&buffer) as u32);
+            let (buffer, length) = (buffer.as_mut_ptr().cast(), size_of_val(buffer.as_slice()) as u32);
             let restart = count == 0;
             let nothing = std::ptr::null_mut();
             NtQueryDirectoryObject(directory.as_raw_handle(), buffer, length, true, restart, &mut context, nothing)

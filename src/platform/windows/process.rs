@@ -431,7 +431,7 @@ pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
 }
 
 /// Starts a detached command outside of this process's job, if it is in one: that of a sub-agent, or of a remote session, which may end with
-/// it. A job may forbid that. Roles have no groups of their own.
+/// it. A job may forbid that; an outer one then keeps what an inner one lets go. Roles have no groups of their own.
 pub fn spawn_outside_groups(command: &mut Command, _key: &str) -> io::Result<StdChild> {
     match command.creation_flags(DETACHED_FLAGS | CREATE_BREAKAWAY_FROM_JOB).spawn() {
         Err(error) if error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) => {

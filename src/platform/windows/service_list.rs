@@ -111,6 +111,9 @@ fn optional_settings(name: &str, level: SERVICE_CONFIG) -> Option<Vec<u64>> {
     (done != 0).then_some(buffer)
 }
 
+/// An empty text.
+static NO_PASSWORD: [u16; 1] = [0];
+
 /// What [`change`] changes; `None`: it stays.
 #[derive(Debug, Default)]
 pub(super) struct Change<'a> {
@@ -147,7 +150,8 @@ pub(super) fn change(name: &str, change: &Change<'_>) -> io::Result<()> {
             null_mut(),
             start(&dependencies),
             start(&account),
-            null(),
+            // No password, unless the account stays.
+            if account.is_some() { NO_PASSWORD.as_ptr() } else { null() },
             start(&display_name),
         )
     };

@@ -96,7 +96,10 @@ pub fn register_service(definition: &ServiceDefinition) -> io::Result<()> {
         Some(service) => {
             service.change_config(&info).map_err(io_error)?;
             // Of a service that somebody else registered under this name.
-            let change = Change { account: Some(SYSTEM), dependencies: Some(&[]), ..Change::default() };
+            let now = service.query_config().map_err(io_error)?;
+            let is_system = now.account_name.is_none_or(|account| account.eq_ignore_ascii_case(SYSTEM));
+            let account = (!is_system).then_some(SYSTEM);
+            let change = Change { account, dependencies: Some(&[]), ..Change::default() };
             service_list::change(&definition.name, &change)?;
             service
         }
@@ -220,50 +223,63 @@ pub fn disable_service(name: &str) -> io::Result<()> {
     service_list::change(name, &Change { start_type, ..Change::default() })
 }
 
-/// Registers a service as it was, whether or not there is one of its name. Starts nothing. Its account must have no password, unless there is
-/// one with this account.
+/// Registers a service as it was recorded, whether or not there is one of its name. Starts nothing. Its account must have no password, unless
+/// there is one with this account.
 pub fn restore_service(service: &RegisteredService) -> io::Result<()> {
-    let access = ServiceAccess::QUERY_CONFIG | ServiceAccess::CHANGE_CONFIG | ServiceAccess::START;
-    let there = match open(&service.name, access)? {
-        Some(there) => there,
-        None => {
-            let info = ServiceInfo {
-                name: OsString::from(&service.name),
-                display_name: OsString::from(&service.display_name),
-                service_type: ServiceType::from_bits_retain(service.service_type),
-                start_type: ServiceStartType::Disabled,
-                error_control: ServiceErrorControl::Normal,
-                // Replaced below: these would be quoted.
-                executable_path: OsString::from(&service.command).into(),
-                launch_arguments: vec![],
-                dependencies: vec![],
-                account_name: None,
-                account_password: None,
-            };
-            manager(ServiceManagerAccess::CREATE_SERVICE)?.create_service(&info, access).map_err(io_error)?
-        }
-    };
-    let now = there.query_config().map_err(io_error)?;
-    let account = now.account_name.map(|account| account.to_string_lossy().into_owned());
+    let now = registered_service(&service.name)?;
+    let is_unchanged = now.as_ref().is_some_and(|now| {
+        let (start_type, is_running) = (service.start_type, service.is_running);
+        RegisteredService { start_type, is_running, ..now.clone() } == *service
+    });
+    if is_unchanged {
+        let start_type = Some(service.start_type);
+        return service_list::change(&service.name, &Change { start_type, ..Change::default() });
+    }
+    if now.is_none() {
+        let info = ServiceInfo {
+            name: OsString::from(&service.name),
+            display_name: OsString::from(&service.display_name),
+            service_type: ServiceType::from_bits_retain(service.service_type),
+            start_type: ServiceStartType::Disabled,
+            error_control: ServiceErrorControl::Normal,
+            // Replaced below: these would be quoted.
+            executable_path: OsString::from(&service.command).into(),
+            launch_arguments: vec![],
+            dependencies: vec![],
+            account_name: None,
+            account_password: None,
+        };
+        let access = ServiceManagerAccess::CREATE_SERVICE;
+        manager(access)?.create_service(&info, ServiceAccess::QUERY_CONFIG).map_err(io_error)?;
+    }
+    let account = now.as_ref().and_then(|now| now.account.as_deref());
+    let shown = now.as_ref().map_or(service.display_name.as_str(), |now| now.display_name.as_str());
     let change = Change {
         service_type: Some(service.service_type),
         start_type: Some(service.start_type),
         error_control: Some(service.error_control),
         command: Some(&service.command),
         dependencies: Some(&service.dependencies),
-        account: service.account.as_deref().filter(|wanted| account.as_deref() != Some(wanted)),
+        account: service.account.as_deref().filter(|wanted| account != Some(wanted)),
         // Wine rejects a shown name that is also the name of a service, even of this one.
-        display_name: Some(service.display_name.as_str()).filter(|wanted| now.display_name != **wanted),
+        display_name: Some(service.display_name.as_str()).filter(|wanted| *wanted != shown),
     };
     service_list::change(&service.name, &change)?;
-    there.set_description(service.description.as_deref().unwrap_or_default()).map_err(io_error)?;
-    if let Some(failure) = &service.failure {
-        restore_failure_actions(&there, failure)?;
+    // It can start; the rest must not prevent that. To restart the host after a failure needs a privilege, for example.
+    if let Err(error) = restore_further_settings(service) {
+        tracing::warn!(service = service.name, error = %error, "a service has its command and its account again, but not its description or recovery; see `sc qfailure`");
     }
+    Ok(())
+}
+
+fn restore_further_settings(service: &RegisteredService) -> io::Result<()> {
+    let access = ServiceAccess::CHANGE_CONFIG | ServiceAccess::START;
+    let Some(there) = open(&service.name, access)? else { return Err(missing(&service.name)) };
+    there.set_description(service.description.as_deref().unwrap_or_default()).map_err(io_error)?;
     if let Some(is_delayed) = service.is_delayed {
         unless_unknown(there.set_delayed_auto_start(is_delayed))?;
     }
-    Ok(())
+    service.failure.as_ref().map_or(Ok(()), |failure| restore_failure_actions(&there, failure))
 }
 
 fn restore_failure_actions(service: &OpenService, failure: &FailureActions) -> io::Result<()> {
