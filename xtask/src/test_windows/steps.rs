@@ -158,7 +158,7 @@ fn substituted(mut bytes: Vec<u8>) -> Result<Vec<u8>> {
         let places: Vec<usize> = bytes
             .windows(name.len())
             .enumerate()
-            .filter(|(_, window)| *window == name)
+            .filter(|(_, window)| window.eq_ignore_ascii_case(&name))
             .map(|(place, _)| place)
             .collect();
         ensure!(!places.is_empty(), "the name {library} is not in the executable");
