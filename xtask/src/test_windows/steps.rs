@@ -57,20 +57,21 @@ const HARMLESS: &str = "\
     InitOnceBeginInitialize InitOnceComplete InitializeCriticalSection InitializeProcThreadAttributeList IsWellKnownSid \
     IsWow64Process LeaveCriticalSection LoadLibraryExA LoadLibraryExW LoadLibraryW LocalFree LockFileEx MultiByteToWideChar \
     NtCancelIoFileEx NtCreateFile NtCreateNamedPipeFile NtDeviceIoControlFile NtOpenDirectoryObject NtOpenFile \
-    NtQueryDirectoryObject NtReadFile OpenJobObjectW OpenProcess OpenProcessToken OpenSCManagerW OpenServiceW OpenThread \
-    PostQueuedCompletionStatus Process32FirstW Process32NextW QueryFullProcessImageNameW QueryInformationJobObject \
-    QueryPerformanceCounter QueryPerformanceFrequency QueryServiceConfig2W QueryServiceConfigW QueryServiceStatusEx \
-    RaiseException ReOpenFile ReadConsoleInputW ReadConsoleW ReadFile ReadFileEx RegCloseKey RegEnumKeyExW RegEnumValueW \
-    RegOpenKeyExW RegOpenKeyTransactedW RegQueryInfoKeyW RegQueryValueExW RegisterEventSourceW RegisterServiceCtrlHandlerExW \
-    RegisterWaitForSingleObject ReleaseSRWLockExclusive ReleaseSemaphore ReportEventW ResetEvent RtlCaptureContext \
-    RtlLookupFunctionEntry RtlNtStatusToDosError RtlUnwindEx RtlVirtualUnwind SetConsoleActiveScreenBuffer SetConsoleCtrlHandler \
-    SetConsoleCursorInfo SetConsoleCursorPosition SetConsoleMode SetConsoleScreenBufferSize SetConsoleTextAttribute \
-    SetConsoleWindowInfo SetCurrentDirectoryW SetEnvironmentVariableW SetFileCompletionNotificationModes SetFilePointerEx \
-    SetHandleInformation SetLastError SetThreadStackGuarantee SetUnhandledExceptionFilter SetWaitableTimer Sleep \
-    SleepConditionVariableSRW SleepEx StartServiceCtrlDispatcherW SwitchToThread SystemFunction036 Thread32First Thread32Next \
-    TlsAlloc TlsFree TlsGetValue TlsSetValue TryAcquireSRWLockExclusive UnlockFile UnregisterWaitEx UpdateProcThreadAttribute \
-    VirtualProtect VirtualQuery WaitForMultipleObjects WaitForSingleObject WaitNamedPipeW WakeAllConditionVariable \
-    WakeConditionVariable WideCharToMultiByte WriteConsoleW WriteFile WriteFileEx __C_specific_handler lstrlenW \
+    NtQueryDirectoryObject NtQuerySystemInformation NtReadFile OpenJobObjectW OpenProcess OpenProcessToken OpenSCManagerW \
+    OpenServiceW OpenThread PostQueuedCompletionStatus Process32FirstW Process32NextW QueryFullProcessImageNameW \
+    QueryInformationJobObject QueryPerformanceCounter QueryPerformanceFrequency QueryServiceConfig2W QueryServiceConfigW \
+    QueryServiceStatusEx RaiseException ReOpenFile ReadConsoleInputW ReadConsoleW ReadFile ReadFileEx RegCloseKey RegEnumKeyExW \
+    RegEnumValueW RegOpenKeyExW RegOpenKeyTransactedW RegQueryInfoKeyW RegQueryValueExW RegisterEventSourceW \
+    RegisterServiceCtrlHandlerExW RegisterWaitForSingleObject ReleaseSRWLockExclusive ReleaseSemaphore ReportEventW ResetEvent \
+    RtlCaptureContext RtlLookupFunctionEntry RtlNtStatusToDosError RtlUnwindEx RtlVirtualUnwind SetConsoleActiveScreenBuffer \
+    SetConsoleCtrlHandler SetConsoleCursorInfo SetConsoleCursorPosition SetConsoleMode SetConsoleScreenBufferSize \
+    SetConsoleTextAttribute SetConsoleWindowInfo SetCurrentDirectoryW SetEnvironmentVariableW SetFileCompletionNotificationModes \
+    SetFilePointerEx SetHandleInformation SetLastError SetThreadStackGuarantee SetUnhandledExceptionFilter SetWaitableTimer \
+    Sleep SleepConditionVariableSRW SleepEx StartServiceCtrlDispatcherW SwitchToThread SystemFunction036 Thread32First \
+    Thread32Next TlsAlloc TlsFree TlsGetValue TlsSetValue TryAcquireSRWLockExclusive UnlockFile UnregisterWaitEx \
+    UpdateProcThreadAttribute VirtualProtect VirtualQuery WaitForMultipleObjects WaitForSingleObject WaitNamedPipeW \
+    WakeAllConditionVariable WakeConditionVariable WideCharToMultiByte WriteConsoleW WriteFile WriteFileEx __C_specific_handler \
+    lstrlenW \
 ";
 
 /// Compiles the libraries into `programs`, and changes the executable `aops.exe` there so that it imports from them.
