@@ -110,7 +110,11 @@ pub fn can_register(home: &Home, replaced: &[ForeignUnit]) -> Result<()> {
             continue;
         }
         if !replaced.iter().any(|unit| unit.name() == name) {
-            bail!("{}: a service of this name runs {}; remove it with `sc delete {name}`", what(), there.command);
+            bail!(
+                "{}: another service has this name and runs {}; remove it with `sc delete {name}` if nothing needs it, or use another --home",
+                what(),
+                there.command
+            );
         }
         if there.has_password() {
             bail!(

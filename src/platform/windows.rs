@@ -294,7 +294,8 @@ pub fn raise_open_files() -> io::Result<u64> {
 
 // --- Installation
 
-/// The default home. On 64-bit Windows, `ProgramFiles` of a 32-bit program is another directory; both widths use that of 64-bit programs.
+/// The default home. On 64-bit Windows, `ProgramFiles` names a directory of its own to 32-bit programs; the 32-bit executable uses the one of
+/// 64-bit programs, too.
 pub fn default_home() -> PathBuf {
     let named = ["ProgramW6432", "ProgramFiles"].into_iter().find_map(std::env::var_os);
     let programs = named.unwrap_or_else(|| r"C:\Program Files".into());
